@@ -1,0 +1,1 @@
+"""Recipes: one TOML file each, found by name (``vmae-fast pretrain --config tiny``)."""

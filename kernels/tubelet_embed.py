@@ -1,0 +1,34 @@
+"""Tubelet embedding: a Conv3d with kernel = stride, of chosen tubelets only.
+
+    out[b, i] = weight . tubelet(video[b], visible_idx[b, i]) + bias + pos_embed[visible_idx[b, i]]
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tubelets import scale_channels_, take_tubelets
+
+
+def tubelet_embed_reference(
+    video_BCTHW: Tensor,
+    weight_DCthw: Tensor,
+    bias_D: Tensor | None,
+    pos_embed_ND: Tensor | None,
+    visible_idx_BV: Tensor | None,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
+    """Definition of the op in plain PyTorch, ``(B, V, D)``; uint8 is normalised on the way."""
+    pt, ph, pw = weight_DCthw.shape[2:]
+    tubelets = take_tubelets(video_BCTHW, visible_idx_BV, (pt, ph, pw))
+    if not tubelets.is_floating_point():
+        tubelets = scale_channels_(
+            tubelets.to(weight_DCthw.dtype),
+            [1 / (255 * s) for s in std],
+            [-m / s for m, s in zip(mean, std, strict=True)],
+        )
+    tokens_BVD = F.linear(tubelets.flatten(2), weight_DCthw.flatten(1), bias_D)
+    if pos_embed_ND is None:
+        return tokens_BVD
+    pos = pos_embed_ND if visible_idx_BV is None else pos_embed_ND[visible_idx_BV]
+    return tokens_BVD + pos

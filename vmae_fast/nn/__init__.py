@@ -1,0 +1,8 @@
+"""Drop-in modules over the ops: parameters named and shaped as in what they replace."""
+
+from .attention import Attention
+from .block import MLP, Block, DropPath
+from .embed import TubeletEmbed
+from .loss import MaskedMSELoss
+
+__all__ = ["MLP", "Attention", "Block", "DropPath", "MaskedMSELoss", "TubeletEmbed"]

@@ -1,0 +1,58 @@
+"""Joint self-attention with VideoMAE's parameters."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmae_fast import ops
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: fused qkv weight, biases on q and v only.
+
+    Args:
+        width: D, divisible by num_heads.
+        num_heads: H.
+        qkv_bias: hold ``q_bias`` and ``v_bias`` (a key bias would cancel in the softmax).
+
+    Raises:
+        ValueError: width is not a multiple of num_heads.
+
+    Source: VideoMAE (arXiv 2203.12602), after BEiT.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Attend over ``(B, N, D)``.
+
+        Args:
+            x: ``(B, N, D)``.
+            num_queries: compute only the last so many tokens' outputs (all N are keys).
+
+        Returns:
+            ``(B, N, D)``, or ``(B, num_queries, D)``.
+        """
+        if num_queries is None or num_queries == x.shape[1]:
+            qkv = F.linear(x, self.qkv.weight, self._bias())
+            return self.proj(ops.attention(qkv, self.num_heads))  # type: ignore[no-any-return]
+        width = x.shape[2]
+        weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
+        q = F.linear(x[:, x.shape[1] - num_queries :], weight_q, self.q_bias)
+        bias = self._bias()
+        kv = F.linear(x, weight_kv, None if bias is None else bias[width:])
+        return self.proj(ops.cross_attention(q, kv, self.num_heads))  # type: ignore[no-any-return]
+
+    def _bias(self) -> Tensor | None:
+        if self.q_bias is None or self.v_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])

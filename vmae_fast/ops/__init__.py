@@ -1,0 +1,21 @@
+"""The operations everything is built from: public functions that check their arguments.
+
+Implementations live in :mod:`vmae_fast.kernels`; models and trainer never call those directly.
+"""
+
+from .attention import attention, cross_attention
+from .masked_mse import masked_mse, pixel_targets, weighted_mean, zero_prediction_mse
+from .token_gather import decoder_tokens, gather_tokens
+from .tubelet_embed import tubelet_embed
+
+__all__ = [
+    "attention",
+    "cross_attention",
+    "decoder_tokens",
+    "gather_tokens",
+    "masked_mse",
+    "pixel_targets",
+    "tubelet_embed",
+    "weighted_mean",
+    "zero_prediction_mse",
+]
