@@ -1,6 +1,6 @@
 """Tubelet embedding: a Conv3d with kernel = stride, of chosen tubelets only.
 
-    out[b, i] = weight . tubelet(video[b], visible_idx[b, i]) + bias + pos_embed[visible_idx[b, i]]
+out[b, i] = weight . tubelet(video[b], visible_idx[b, i]) + bias + pos_embed[visible_idx[b, i]]
 """
 
 import torch.nn.functional as F

@@ -35,7 +35,9 @@ def their_gradients(theirs):
     mine = {}
     for name, parameter in theirs.named_parameters():
         grad = parameter.grad
-        name = name.replace("videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed")
+        name = name.replace(
+            "videomae.embeddings.patch_embeddings.projection", "encoder.patch_embed"
+        )
         name = name.replace("videomae.layernorm", "encoder.norm")
         name = name.replace("videomae.encoder.layer", "encoder.blocks")
         name = name.replace("decoder.decoder_layers", "decoder.blocks")

@@ -5,7 +5,7 @@ All arithmetic is on int64 tensors that hold 32-bit words. Multipliers are writt
 relies on overflow.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ def mix(word: Word) -> Word:
 
 def combine(word: Tensor, counter: Tensor | int) -> Tensor:
     """Mix a further counter (any 64-bit integer, both halves count) into 32-bit words."""
-    low, high = counter & _WORD, (counter >> 32) & _WORD
-    word = mix(word ^ mix((low + _GOLDEN) & _WORD))
-    return mix((word + high + _GOLDEN) & _WORD)
+    low: Any = (counter + _GOLDEN) & _WORD
+    high = (counter >> 32) & _WORD
+    return mix((mix(word ^ mix(low)) + high + _GOLDEN) & _WORD)
 
 
 def clip_keys(

@@ -94,7 +94,9 @@ def save_model(model: VideoMAE, path: str | Path, dialect: str) -> Path:
         )
     elif dialect == "videomae":
         if path.suffix not in (".pth", ".pt", ".bin"):
-            raise CheckpointError(f"the videomae dialect is one file: name it .pth, not {path.name!r}")
+            raise CheckpointError(
+                f"the videomae dialect is one file: name it .pth, not {path.name!r}"
+            )
         theirs, args = dialects.to_videomae(state, config)
         with atomic_file(path) as temporary:
             torch.save({"model": theirs, "args": args}, temporary)
@@ -121,9 +123,7 @@ def _locate(path: str | Path) -> Path:
             f"no checkpoint at {path}; if it is a hub id, `pip install huggingface_hub` to fetch it"
         ) from None
     try:
-        folder = Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"])
-        )
+        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
         if not _weight_files(folder):
             folder = Path(
                 snapshot_download(str(path), allow_patterns=["*.json", "pytorch_model*.bin"])

@@ -146,9 +146,11 @@ class VideoMAEConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown model settings {unknown}; known are {sorted(known)}")
-        return cls(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        )
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**settings)
 
     @classmethod
     def of(cls, size: str | VideoMAEConfig, **overrides: Any) -> VideoMAEConfig:

@@ -84,7 +84,9 @@ _VIDEOMAE_FINETUNED = (
 _VIDEOMAE_PRETRAINING = (("encoder.patch_embed.proj.", "encoder.patch_embed."),)
 
 
-def from_videomae(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[State, dict[str, Any]]:
+def from_videomae(
+    state: Mapping[str, Tensor], args: Mapping[str, Any]
+) -> tuple[State, dict[str, Any]]:
     """MCG-NJU's or OpenGVLab's names to ours, and the settings their ``args`` record."""
     plain = {_strip_wrappers(name): tensor for name, tensor in state.items()}
     pretraining = any(name.startswith("encoder.") for name in plain)
@@ -107,7 +109,9 @@ def from_videomae(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple
     return ours, hints
 
 
-def to_videomae(state: Mapping[str, Tensor], config: VideoMAEConfig) -> tuple[State, dict[str, Any]]:
+def to_videomae(
+    state: Mapping[str, Tensor], config: VideoMAEConfig
+) -> tuple[State, dict[str, Any]]:
     """Our names to MCG-NJU's and OpenGVLab's, and an ``args`` record with the grid."""
     stems = _VIDEOMAE_PRETRAINING if config.decoder_depth else _VIDEOMAE_FINETUNED
     back = [(ours, theirs) for theirs, ours in stems]

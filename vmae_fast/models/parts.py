@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         x_BVD = self.patch_embed(video, self.pos_embed, visible_idx)
         for block in self.blocks:
             x_BVD = block(x_BVD)
-        return self.norm(x_BVD)  # type: ignore[no-any-return]
+        return self.norm(x_BVD)
 
 
 class Decoder(nn.Module):
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
             x_BNE = block(x_BNE)
         # Nothing reads the other tokens after the last block: they are its keys only.
         x_BSE = last(x_BNE, mask.num_scored)
-        return self.head(self.norm(x_BSE))  # type: ignore[no-any-return]
+        return self.head(self.norm(x_BSE))
 
 
 class ClassifierHead(nn.Module):
@@ -141,9 +141,7 @@ class ClassifierHead(nn.Module):
     def __init__(self, config: VideoMAEConfig) -> None:
         super().__init__()
         self.fc_norm = (
-            None
-            if config.final_norm
-            else nn.LayerNorm(config.width, eps=config.fc_norm_eps)
+            None if config.final_norm else nn.LayerNorm(config.width, eps=config.fc_norm_eps)
         )
         self.head = nn.Linear(config.width, config.num_classes)
         _init_weights(self.head)
@@ -151,4 +149,4 @@ class ClassifierHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``(B, N, D)`` to ``(B, classes)`` logits."""
         pooled = tokens[:, 0] if self.fc_norm is None else self.fc_norm(tokens.mean(dim=1))
-        return self.head(pooled)  # type: ignore[no-any-return]
+        return self.head(pooled)

@@ -122,7 +122,7 @@ class VideoMAE(nn.Module):
             video: as in :meth:`forward`.
         """
         self._check_video(video)
-        return self.encoder(video)  # type: ignore[no-any-return]
+        return self.encoder(video)
 
     def classify(self, video: Tensor) -> Tensor:
         """Logits ``(B, classes)`` of a fine-tuned model.
@@ -135,7 +135,7 @@ class VideoMAE(nn.Module):
         """
         if self.classifier is None:
             raise RuntimeError("this model has no classifier: it was not fine-tuned")
-        return self.classifier(self.encode(video))  # type: ignore[no-any-return]
+        return self.classifier(self.encode(video))
 
     def zero_prediction(self, video: Tensor, mask: Mask) -> Tensor:
         """Loss of predicting zeros for the same tokens (scalar): a useful model is below it."""

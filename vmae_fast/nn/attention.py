@@ -44,13 +44,13 @@ class Attention(nn.Module):
         """
         if num_queries is None or num_queries == x.shape[1]:
             qkv = F.linear(x, self.qkv.weight, self._bias())
-            return self.proj(ops.attention(qkv, self.num_heads))  # type: ignore[no-any-return]
+            return self.proj(ops.attention(qkv, self.num_heads))
         width = x.shape[2]
         weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
         q = F.linear(x[:, x.shape[1] - num_queries :], weight_q, self.q_bias)
         bias = self._bias()
         kv = F.linear(x, weight_kv, None if bias is None else bias[width:])
-        return self.proj(ops.cross_attention(q, kv, self.num_heads))  # type: ignore[no-any-return]
+        return self.proj(ops.cross_attention(q, kv, self.num_heads))
 
     def _bias(self) -> Tensor | None:
         if self.q_bias is None or self.v_bias is None:

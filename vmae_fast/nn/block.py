@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., D)``."""
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -98,4 +98,4 @@ class Block(nn.Module):
         return x + self._residual(self.mlp(self.norm2(x)), self.gamma_2)
 
     def _residual(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
-        return self.drop_path(branch if gamma is None else branch * gamma)  # type: ignore[no-any-return]
+        return self.drop_path(branch if gamma is None else branch * gamma)

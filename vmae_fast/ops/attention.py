@@ -1,7 +1,5 @@
 """Joint attention, read from the packed projections."""
 
-from typing import cast
-
 from torch import Tensor
 
 from vmae_fast.kernels.attention import attention_reference
@@ -28,7 +26,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
         f"qkv must be (B, N, 3 * {num_heads} heads * K), got shape {tuple(qkv.shape)}",
     )
     q, k, v = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
-    return cast(Tensor, attention_reference(q, k, v, scale))
+    return attention_reference(q, k, v, scale)
 
 
 def cross_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -55,4 +53,4 @@ def cross_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None =
         f"kv must be ({q.shape[0]}, N, {2 * q.shape[2]}), got shape {tuple(kv.shape)}",
     )
     k, v = kv.unflatten(2, (2, num_heads, -1)).unbind(2)
-    return cast(Tensor, attention_reference(q.unflatten(2, (num_heads, -1)), k, v, scale))
+    return attention_reference(q.unflatten(2, (num_heads, -1)), k, v, scale)

@@ -1,7 +1,5 @@
 """Gather of tokens by index and assembly of the decoder's input."""
 
-from typing import cast
-
 from torch import Tensor
 
 from vmae_fast.kernels.token_gather import decoder_tokens_reference, gather_tokens_reference
@@ -24,7 +22,7 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
     """
     check(x.dim() == 3, f"x must be (B, N, D), got shape {tuple(x.shape)}")
     check_index("idx", idx, x.shape[0])
-    return cast(Tensor, gather_tokens_reference(x, idx))
+    return gather_tokens_reference(x, idx)
 
 
 def decoder_tokens(
@@ -67,7 +65,4 @@ def decoder_tokens(
         visible_idx.shape[1] == num_visible,
         f"visible_idx names {visible_idx.shape[1]} tokens but visible holds {num_visible}",
     )
-    return cast(
-        Tensor,
-        decoder_tokens_reference(visible, mask_token, pos_embed, visible_idx, decode_idx),
-    )
+    return decoder_tokens_reference(visible, mask_token, pos_embed, visible_idx, decode_idx)

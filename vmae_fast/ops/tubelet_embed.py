@@ -1,7 +1,5 @@
 """Tubelet embedding of the visible tubelets only."""
 
-from typing import cast
-
 from torch import Tensor
 
 from vmae_fast.kernels.tubelet_embed import tubelet_embed_reference
@@ -61,6 +59,4 @@ def tubelet_embed(
         )
     if visible_idx is not None:
         check_index("visible_idx", visible_idx, video.shape[0])
-    return cast(
-        Tensor, tubelet_embed_reference(video, weight, bias, pos_embed, visible_idx, mean, std)
-    )
+    return tubelet_embed_reference(video, weight, bias, pos_embed, visible_idx, mean, std)
