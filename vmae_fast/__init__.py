@@ -1,7 +1,7 @@
 """vmae-fast: masked video pretraining (VideoMAE V1 and V2), exact and quick.
 
-    >>> from vmae_fast import VideoMAE
-    >>> model = VideoMAE("base")
+>>> from vmae_fast import VideoMAE
+>>> model = VideoMAE("base")
 """
 
 from .masking import Mask, Masking, clip_keys

@@ -1,0 +1,448 @@
+"""Batches depend on the seed and the step alone; bad files are replaced and reported."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+
+from vmae_fast.data import (
+    BadFile,
+    ClipDataset,
+    ClipRequest,
+    ClipSampler,
+    DataError,
+    DecodeError,
+    PyAVDecoder,
+    VideoFile,
+    clip_indices,
+    collate_clips,
+    list_videos,
+    make_loader,
+)
+
+
+class ArrayDecoder:
+    """Videos made up from their names: ``n`` frames of noise, or an error for ``bad``."""
+
+    def __init__(self, height=40, width=56):
+        self.height, self.width = height, width
+        self.calls = []
+
+    def read_all(self, path):
+        self.calls.append(path)
+        if "bad" in path:
+            raise DecodeError(path, f"{path} is broken")
+        name, count = path.split(":")
+        seed = sum(name.encode())
+        shape = (int(count), self.height, self.width, 3)
+        return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+    def read_clip(self, path, frames, stride, u):
+        video = self.read_all(path)
+        return video[clip_indices(len(video), frames, stride, u)]
+
+
+def files_of(*paths):
+    return [VideoFile(path) for path in paths]
+
+
+def same_batches(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        for name in ("video", "clip", "repeat", "epoch"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert a.paths == b.paths
+        assert a.bad == b.bad
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clips):
+    """Six videos of several containers and lengths, and one that cannot be read."""
+    root = tmp_path_factory.mktemp("set")
+    for number, suffix in enumerate(["mp4", "mkv", "mov", "mp4", "mkv", "mp4"]):
+        clips.write_video(root / f"{number}.{suffix}", count=15 * (number + 1), gop=12, rate=24)
+    (root / "bad.mp4").write_text("not a video")
+    return root
+
+
+def real_set(folder, **arguments):
+    options = {"frames": 8, "stride": 2, "image_size": (32, 32), "seed": 5, **arguments}
+    return ClipDataset(list_videos(folder), **options)
+
+
+def sampler_of(count, **arguments):
+    return ClipSampler(count, **{"files_per_step": 4, "seed": 5, "total_steps": 5, **arguments})
+
+
+def test_batch_contract():
+    dataset = ClipDataset(
+        files_of("a:9", "b:30", "c:50"),
+        frames=4,
+        stride=3,
+        image_size=(24, 32),
+        repeats=3,
+        decoder=ArrayDecoder(),
+    )
+    batch = collate_clips([dataset[ClipRequest(7, 2)], dataset[ClipRequest(8, 0)]])
+    assert batch.video.shape == (6, 3, 4, 24, 32)
+    assert batch.video.dtype == torch.uint8
+    assert batch.video.permute(0, 2, 3, 4, 1).is_contiguous()
+    assert batch.clip.tolist() == [2, 2, 2, 0, 0, 0]
+    assert batch.repeat.tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.epoch.tolist() == [7, 7, 7, 8, 8, 8]
+    assert {batch.clip.dtype, batch.repeat.dtype, batch.epoch.dtype} == {torch.int64}
+    assert batch.paths == ["c:50"] * 3 + ["a:9"] * 3
+    assert batch.bad == []
+    assert len({clip.numpy().tobytes() for clip in batch.video}) == 6
+
+
+def test_crops_of_a_clip_show_the_same_frames():
+    """Every crop is a window of the decoded clip, at a place of its own."""
+    decoder = ArrayDecoder(height=24, width=200)
+    dataset = ClipDataset(
+        files_of("a:30"), frames=4, stride=3, image_size=(24, 24), repeats=16, decoder=decoder
+    )
+    video = decoder.read_all("a:30")
+    item = dataset[ClipRequest(0, 0)]
+    found = set()
+    for crop in item.crops:
+        for start in range(30 - 12 + 1):
+            clip = video[start : start + 12 : 3]
+            for left in range(200 - 24 + 1):
+                if np.array_equal(crop.numpy(), clip[:, :, left : left + 24]):
+                    found.add((start, left))
+    # The full-size square, one crop in ten, is the only one that is not scaled.
+    assert found
+    assert len({start for start, _ in found}) == 1
+
+
+def test_starts_and_crops_follow_the_seed_and_the_epoch():
+    def video(seed, epoch, **arguments):
+        options = {"frames": 4, "stride": 3, "image_size": (24, 24), "decoder": ArrayDecoder()}
+        dataset = ClipDataset(files_of("a:90"), seed=seed, **options, **arguments)
+        return dataset[ClipRequest(epoch, 0)].crops[0].numpy().tobytes()
+
+    assert video(0, 0) == video(0, 0)
+    assert len({video(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+    assert video(0, 0, train=False) == video(1, 1, train=False)
+
+
+def test_flip_mirrors_half_of_the_training_crops():
+    options = {"frames": 2, "stride": 1, "image_size": (40, 56), "repeats": 200}
+    plain = ClipDataset(files_of("a:9"), decoder=ArrayDecoder(), **options)
+    mirrored = ClipDataset(files_of("a:9"), decoder=ArrayDecoder(), flip=True, **options)
+    pairs = list(
+        zip(plain[ClipRequest(0, 0)].crops, mirrored[ClipRequest(0, 0)].crops, strict=True)
+    )
+    flipped = sum(torch.equal(a.flip(2), b) for a, b in pairs)
+    assert flipped + sum(torch.equal(a, b) for a, b in pairs) == 200
+    assert 70 < flipped < 130
+    for_validation = ClipDataset(
+        files_of("a:9"), decoder=ArrayDecoder(), flip=True, train=False, **options
+    )
+    crops = for_validation[ClipRequest(0, 0)].crops
+    assert all(torch.equal(crop, crops[0]) for crop in crops)
+
+
+def test_validation_is_the_middle_clip_and_the_centre():
+    decoder = ArrayDecoder(height=40, width=56)
+    dataset = ClipDataset(
+        files_of("a:31"), frames=4, stride=2, image_size=(40, 40), train=False, decoder=decoder
+    )
+    video = decoder.read_all("a:31")
+    expected = video[12:19:2, :, 8:48]  # starts 0 to 23, the middle one 12
+    assert np.array_equal(dataset[ClipRequest(3, 0)].crops[0].numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(folder, workers):
+    """Batches, bad files included, are those of the process itself."""
+    batches = {}
+    for count in (0, workers):
+        loader = make_loader(
+            real_set(folder, repeats=2), sampler_of(7), workers=count, pin_memory=False
+        )
+        batches[count] = list(loader)
+    same_batches(batches[0], batches[workers])
+    assert len(batches[0]) == 5
+    assert batches[workers][0].video.permute(0, 2, 3, 4, 1).is_contiguous()
+    assert any(batch.bad for batch in batches[0])
+
+
+def test_loading_leaves_the_global_random_state_alone(folder):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(make_loader(real_set(folder), sampler_of(7), workers=0, pin_memory=False))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cached_clips_are_the_uncached_ones(folder):
+    requests = [ClipRequest(epoch, index) for epoch in range(4) for index in range(7)]
+    plain, cached = real_set(folder), real_set(folder, cache=True)
+    same_batches(
+        [collate_clips([plain[request]]) for request in requests],
+        [collate_clips([cached[request]]) for request in requests],
+    )
+
+
+def test_cache_reads_every_file_once_bad_ones_too():
+    decoder = ArrayDecoder()
+    dataset = ClipDataset(
+        files_of("a:9", "bad", "b:9"),
+        frames=2,
+        stride=1,
+        image_size=(8, 8),
+        cache=True,
+        decoder=decoder,
+    )
+    items = [dataset[ClipRequest(epoch, index)] for epoch in range(4) for index in range(3)]
+    assert collections.Counter(decoder.calls) == {"a:9": 1, "bad": 1, "b:9": 1}
+    assert [len(item.bad) for item in items] == [0, 1, 0] * 4
+
+
+def test_a_crop_does_not_write_into_the_cache():
+    dataset = ClipDataset(
+        files_of("a:2"),
+        frames=2,
+        stride=1,
+        image_size=(40, 56),
+        train=False,
+        cache=True,
+        decoder=ArrayDecoder(height=40, width=56),
+    )
+    first = dataset[ClipRequest(0, 0)].crops[0]
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(dataset[ClipRequest(0, 0)].crops[0], kept)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_bad_files_are_replaced_alike_and_reported(train):
+    files = files_of("a:9", "bad0", "b:9", "bad1", *(f"c{k}:9" for k in range(6)))
+    options = {"frames": 2, "stride": 1, "image_size": (8, 8), "seed": 1, "train": train}
+    dataset = ClipDataset(files, decoder=ArrayDecoder(), **options)
+    used = []
+    for epoch in range(40):
+        item = dataset[ClipRequest(epoch, 1)]
+        assert item.bad[0] == BadFile("bad0", "bad0 is broken")
+        assert item.bad[1:] in ([], [BadFile("bad1", "bad1 is broken")])
+        assert item.path == files[item.clip].path
+        assert "bad" not in item.path
+        # The clip is what a request for that file gives, on a dataset with another history.
+        direct = ClipDataset(files, decoder=ArrayDecoder(), **options)[
+            ClipRequest(epoch, item.clip)
+        ]
+        assert torch.equal(item.crops[0], direct.crops[0])
+        again = ClipDataset(files, decoder=ArrayDecoder(), **options)[ClipRequest(epoch, 1)]
+        assert (again.clip, again.bad) == (item.clip, item.bad)
+        used.append(item.clip)
+    assert len(set(used)) == 8  # any good file, not always the next one
+
+
+def test_replacements_stay_in_their_pool():
+    files = files_of("bad", *(f"{name}:9" for name in "abcdefgh"))
+    dataset = ClipDataset(
+        files, frames=2, stride=1, image_size=(8, 8), decoder=ArrayDecoder(), replacements=[0, 3, 5]
+    )
+    assert {dataset[ClipRequest(epoch, 0)].clip for epoch in range(20)} == {3, 5}
+
+
+def test_too_many_bad_files_in_a_row():
+    many = ClipDataset(
+        files_of(*(f"bad{k}" for k in range(30))),
+        frames=2,
+        stride=1,
+        image_size=(8, 8),
+        decoder=ArrayDecoder(),
+    )
+    with pytest.raises(DataError, match=r"10 files in a row") as caught:
+        many[ClipRequest(0, 4)]
+    assert str(caught.value).count("is broken") == 10
+    assert "bad4: bad4 is broken" in str(caught.value)
+    few = ClipDataset(
+        files_of("bad0", "bad1"), frames=2, stride=1, image_size=(8, 8), decoder=ArrayDecoder()
+    )
+    with pytest.raises(DataError, match=r"2 files in a row"):
+        few[ClipRequest(0, 0)]
+
+
+def test_a_worker_passes_the_data_error_on(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    dataset = real_set(tmp_path)
+    loader = make_loader(dataset, sampler_of(1), workers=1, pin_memory=False)
+    with pytest.raises(DataError, match=r"text.mp4"):
+        next(iter(loader))
+
+
+def test_dataset_errors():
+    good = {"frames": 2, "stride": 1, "image_size": (8, 8)}
+    for wrong in ({"frames": 0}, {"stride": 0}, {"image_size": (8, 0)}, {"repeats": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            ClipDataset(files_of("a:9"), **{**good, **wrong})
+    with pytest.raises(ValueError, match="must not be empty"):
+        ClipDataset([], **good)
+    with pytest.raises(ValueError, match="must not be empty"):
+        ClipDataset(files_of("a:9"), replacements=[], **good)
+
+
+def test_batch_moves_keep_the_layout():
+    dataset = ClipDataset(
+        files_of("a:9"), frames=2, stride=1, image_size=(8, 12), decoder=ArrayDecoder()
+    )
+    batch = collate_clips([dataset[ClipRequest(0, 0)]] * 2)
+    moved = batch.to("meta")
+    assert moved.video.device.type == moved.epoch.device.type == "meta"
+    assert moved.clip.device.type == moved.repeat.device.type == "meta"
+    assert moved.video.stride() == batch.video.stride()
+    assert moved.paths == batch.paths
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_reach_the_gpu_unchanged(folder):
+    loaders = [
+        make_loader(real_set(folder), sampler_of(7), workers=2, pin_memory=pin)
+        for pin in (False, True)
+    ]
+    for plain, pinned in zip(*loaders, strict=True):
+        assert pinned.video.is_pinned()
+        assert pinned.clip.is_pinned()
+        on_gpu = pinned.to("cuda")
+        assert on_gpu.video.is_cuda
+        assert on_gpu.video.stride() == plain.video.stride()
+        same_batches([on_gpu.to("cpu", non_blocking=False)], [plain])
+
+
+# --- the sampler
+
+
+def flat(batches):
+    return [(request.epoch, request.index) for batch in batches for request in batch]
+
+
+def test_epochs_are_permutations_without_remainder():
+    order = flat(ClipSampler(10, files_per_step=4, seed=3, total_steps=15))
+    assert len(order) == 60
+    for epoch in range(6):
+        part = order[10 * epoch : 10 * (epoch + 1)]
+        assert {number for number, _ in part} == {epoch}
+        assert sorted(index for _, index in part) == list(range(10))
+    assert len({tuple(i for _, i in order[10 * e : 10 * e + 10]) for e in range(6)}) == 6
+    assert order != flat(ClipSampler(10, files_per_step=4, seed=4, total_steps=15))
+
+
+def test_a_step_may_hold_several_epochs():
+    order = flat(ClipSampler(3, files_per_step=8, seed=3, total_steps=3))
+    assert [epoch for epoch, _ in order] == [position // 3 for position in range(24)]
+    assert collections.Counter(index for _, index in order) == {0: 8, 1: 8, 2: 8}
+
+
+def test_indices_may_be_given():
+    order = flat(ClipSampler([4, 7, 9], files_per_step=3, seed=3, total_steps=2))
+    assert sorted(index for _, index in order[:3]) == [4, 7, 9]
+    assert {type(index) for _, index in order} == {int}
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 3), (4, 3)])
+def test_ranks_and_micro_batches_share_out_each_step(world_size, accumulate):
+    steps, per_step = 7, 24
+    whole = flat(ClipSampler(31, files_per_step=per_step, seed=3, total_steps=steps))
+    shares = [
+        list(
+            ClipSampler(
+                31,
+                files_per_step=per_step,
+                seed=3,
+                total_steps=steps,
+                rank=rank,
+                world_size=world_size,
+                accumulate=accumulate,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    for share in shares:
+        assert len(share) == steps * accumulate
+        assert {len(batch) for batch in share} == {per_step // world_size // accumulate}
+    for step in range(steps):
+        together = [
+            batch
+            for share in shares
+            for batch in share[step * accumulate : (step + 1) * accumulate]
+        ]
+        assert flat(together) == whole[step * per_step : (step + 1) * per_step]
+
+
+def test_resuming_is_the_tail():
+    arguments = {"files_per_step": 8, "seed": 3, "total_steps": 9, "accumulate": 2}
+    whole = list(ClipSampler(11, **arguments))
+    for start in range(10):
+        resumed = ClipSampler(11, start_step=start, **arguments)
+        assert len(resumed) == 2 * (9 - start)
+        assert list(resumed) == whole[2 * start :]
+
+
+def test_iterating_twice_gives_the_same():
+    sampler = ClipSampler(5, files_per_step=2, seed=0, total_steps=6)
+    assert list(sampler) == list(sampler)
+
+
+def test_resumed_batches_are_the_tail(folder):
+    def batches(start):
+        sampler = sampler_of(7, start_step=start)
+        return list(make_loader(real_set(folder), sampler, workers=0, pin_memory=False))
+
+    same_batches(batches(3), batches(0)[3:])
+
+
+def test_one_permutation_an_epoch(monkeypatch):
+    sampler = ClipSampler(1000, files_per_step=10, seed=0, total_steps=250)
+    epochs = []
+    original = np.random.Generator
+
+    class Counting(original):
+        def permutation(self, *arguments):
+            epochs.append(arguments)
+            return original.permutation(self, *arguments)
+
+    monkeypatch.setattr(np.random, "Generator", Counting)
+    assert sum(len(batch) for batch in sampler) == 2500
+    assert len(epochs) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"files_per_step": 10, "world_size": 4}, r"files_per_step=10 .* 4 \* 1 = 4"),
+        ({"files_per_step": 12, "world_size": 4, "accumulate": 2}, r"=12 .* 4 \* 2 = 8"),
+        ({"files_per_step": 0}, "files_per_step=0"),
+        ({"accumulate": 0}, "must be a multiple"),
+        ({"rank": 1}, r"rank must be in \[0, world_size=1\), got 1"),
+        ({"start_step": 6}, r"start_step must be in \[0, 5\], got 6"),
+    ],
+)
+def test_sampler_errors(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        sampler_of(9, **wrong)
+
+
+def test_sampler_without_files():
+    for nothing in (0, []):
+        with pytest.raises(ValueError, match="names no file"):
+            sampler_of(nothing)
+
+
+def test_loader_refuses_a_negative_number_of_workers():
+    dataset = ClipDataset(files_of("a:9"), frames=2, stride=1, image_size=(8, 8))
+    assert isinstance(dataset.decoder, PyAVDecoder)
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        make_loader(dataset, sampler_of(1), workers=-1, pin_memory=False)
+
+
+def test_import_needs_no_video_library():
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['av'] = None; import vmae_fast.data"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,88 @@
+"""Processes of a run: one without torchrun, one a GPU under it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: its number; 0 writes files and prints.
+        world_size: how many there are.
+        device: where it computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over processes, in place; the value itself where there is one."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, *flags: bool | int) -> list[int]:
+        """Each flag's largest value over all processes: 0 where no process raised it."""
+        if self.world_size == 1:
+            return [int(flag) for flag in flags]
+        values = torch.tensor(flags, dtype=torch.int64, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: object) -> list[object]:
+        """Every process's value, in order of rank, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[object] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes, or be the only process.
+
+    Args:
+        device: "auto", or a torch device; under torchrun each process takes its own GPU.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = torch.device(_auto_device() if device == "auto" else device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        yield Ranks(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _auto_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

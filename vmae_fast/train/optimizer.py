@@ -1,0 +1,82 @@
+"""AdamW with VideoMAE's parameter groups, its learning rate schedule, and averaged weights."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vmae_fast.models import VideoMAE
+
+from .config import OptimSettings, Schedule
+
+
+def make_optimizer(model: VideoMAE, settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW; no decay on vectors (biases, norms, layer scale) and the mask token.
+
+    The learning rate is set before every step by :func:`learning_rate`.
+    """
+    undecayed = model.no_weight_decay()
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.dim() > 1 and name not in undecayed].append(parameter)
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": settings.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        fused=on_gpu,
+    )
+
+
+def learning_rate(step: int, schedule: Schedule) -> float:
+    """Rate of step 0, 1, ...: linear from 0 over the warm-up, then half a cosine to min_lr.
+
+    Source: VideoMAE's recipe (arXiv 2203.12602, appendix).
+    """
+    if step < schedule.warmup_steps:
+        return schedule.lr * step / schedule.warmup_steps
+    rest = schedule.total_steps - schedule.warmup_steps
+    done = (step - schedule.warmup_steps) / rest
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return schedule.min_lr + (schedule.lr - schedule.min_lr) * cosine
+
+
+def gradient_norm(parameters: Iterable[torch.nn.Parameter], clip: float | None) -> Tensor:
+    """Global 2-norm of the gradients, as a scalar on their device; scaled to ``clip`` if above."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
+
+
+class AveragedWeights:
+    """Exponential moving average of a model's parameters.
+
+    Args:
+        model: averaged from its present weights on.
+        decay: share of the average kept at each step, in (0, 1).
+    """
+
+    def __init__(self, model: VideoMAE, decay: float) -> None:
+        self.decay = decay
+        self.average = [p.detach().clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def update(self, model: VideoMAE) -> None:
+        """Move the average towards the model's weights."""
+        weights = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(self.average, weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self, model: VideoMAE) -> None:
+        """Exchange the model's weights with the average; a second call puts them back."""
+        for average, parameter in zip(self.average, model.parameters(), strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)

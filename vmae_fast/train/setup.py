@@ -1,0 +1,133 @@
+"""Everything a run needs before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmae_fast.models import CheckpointError, VideoMAE
+
+from .config import ConfigError, PretrainConfig, Schedule
+from .distributed import Ranks
+from .inputs import BadFiles, Inputs
+from .optimizer import AveragedWeights, make_optimizer
+from .run_folder import RunFolder
+
+
+class Setup:
+    """Model, data, optimiser and folder of a run, new or resumed.
+
+    Args:
+        config: checked settings.
+        ranks: this process.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: settings, data or a checkpoint cannot be used.
+    """
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        path = self._out()
+        resumed = RunFolder(path).latest() if config.run.resume else None
+        torch.manual_seed(config.run.seed)
+        self.model = config.model.build(resumed or config.run.init).to(ranks.device)
+        self.inputs = Inputs(config, self.model.config, ranks)
+        self.schedule = Schedule.of(config, len(self.inputs.train), ranks.world_size)
+        # The folder is taken only once nothing else can be wrong with the settings.
+        if ranks.is_main:
+            self.folder = RunFolder.open(
+                path, resume=config.run.resume, overwrite=config.run.overwrite
+            )
+        ranks.barrier()
+        self.folder = RunFolder(path)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        decay = config.optim.ema_decay
+        self.average = AveragedWeights(self.model, decay) if decay else None
+        self.start_step = 0
+        if resumed:
+            self._resume(resumed)
+        known = self.folder.read_bad_files() if resumed else {}
+        self.bad_files = BadFiles(len(self.inputs.files), config.data.max_bad, known)
+        self.validation = self.inputs.validation_dataset()
+        if ranks.is_main:
+            self.folder.write("config.toml", config.to_toml())
+            self.folder.write("resolved.json", json.dumps(self._resolved(), indent=2) + "\n")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context of the forward pass."""
+        precision, device = self.config.run.precision, self.ranks.device.type
+        enabled = precision == "bf16" or (precision == "auto" and device == "cuda")
+        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+
+    def save(self, step: int, path: Path | None = None) -> None:
+        """Write the checkpoint of ``step`` steps done, to the run's checkpoints or to ``path``."""
+        extra = {"seed": self.config.run.seed, "files": self.inputs.fingerprint}
+        parts = (step, self.model, self.optimizer, self.average, extra)
+        if path is None:
+            self.folder.save(*parts, keep=self.config.run.keep)
+        else:
+            self.folder.save_at(path, *parts)
+
+    def describe(self) -> str:
+        """A line or two for the start of the log."""
+        model, schedule = self.model.config, self.schedule
+        parameters = sum(p.numel() for p in self.model.parameters())
+        t, h, w = model.grid
+        lines = [
+            f"model: {parameters / 1e6:.1f} M parameters, {t}x{h}x{w} = {model.num_tokens} tokens, "
+            f"{self.model.masking.num_visible} visible",
+            f"data: {len(self.inputs.train)} files to train on, {len(self.inputs.val)} held out, "
+            f"{self.inputs.workers} workers",
+            f"run: {schedule.total_steps} steps of {self.config.optim.batch_size} clips "
+            f"({self.ranks.world_size} x {schedule.accumulate} x {schedule.micro_batch}), "
+            f"lr {schedule.lr:.3g}, on {self.ranks.device}, in {self.folder.path}",
+        ]
+        if self.start_step:
+            lines.append(f"going on after step {self.start_step}")
+        return "\n".join(lines)
+
+    def _out(self) -> Path:
+        if self.config.run.out is not None:
+            return Path(self.config.run.out).expanduser()
+        # All processes must agree on the name, and their clocks need not.
+        name = time.strftime("%Y%m%d-%H%M%S") + f"-{self.config.model.model or 'base'}"
+        first = self.ranks.gather(name)[0]
+        return Path("runs") / str(first)
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = self.folder.load_state(checkpoint)
+        if state["files"] != self.inputs.fingerprint:
+            raise ConfigError(
+                f"{checkpoint} was trained on another list of files: the order of clips would "
+                "change; start a new run with --init instead"
+            )
+        if state["seed"] != self.config.run.seed:
+            raise ConfigError(f"{checkpoint} was trained with seed {state['seed']}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.start_step = state["step"]
+        if self.start_step > self.schedule.total_steps:
+            raise ConfigError(
+                f"{checkpoint} is {self.start_step} steps in, past the run's "
+                f"{self.schedule.total_steps}"
+            )
+        if self.average is not None:
+            if not (checkpoint / "ema").is_dir():
+                raise CheckpointError(f"{checkpoint} holds no averaged weights (--ema-decay)")
+            averaged = VideoMAE.from_pretrained(checkpoint / "ema").to(self.ranks.device)
+            self.average.average = [p.detach() for p in averaged.parameters()]
+
+    def _resolved(self) -> dict[str, Any]:
+        return {
+            "model": self.model.config.to_dict(),
+            "schedule": dataclasses.asdict(self.schedule),
+            "files": {"train": len(self.inputs.train), "held_out": len(self.inputs.val)},
+            "world_size": self.ranks.world_size,
+            "device": str(self.ranks.device),
+            "torch": torch.__version__,
+        }
