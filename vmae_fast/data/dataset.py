@@ -7,6 +7,7 @@ workers or GPUs, nor on where a run was stopped and resumed.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -355,12 +356,16 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_use_one_thread if workers else None,
+        worker_init_fn=_prepare_worker if workers else None,
         # Each pass draws a seed for its workers (unused here); from a generator of the loader's
         # own, so that loading data does not move torch's global random state.
         generator=torch.Generator(),
     )
 
 
-def _use_one_thread(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    # Forked workers inherit the trainer's handlers. Ctrl-C reaches the whole group: they go on
+    # until the trainer has saved. SIGTERM must end them, the loader may use it to.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -100,7 +100,8 @@ class Inputs:
 
     def samples(self, dataset: ClipDataset) -> list[Tensor]:
         """A few clips to draw, uint8 ``(C, T, H, W)``: held-out ones, or training ones."""
-        chosen = (self.val or self.train)[:_SAMPLES]
+        indices = self.val or self.train
+        chosen = indices[:: max(len(indices) // _SAMPLES, 1)][:_SAMPLES]
         return [dataset[ClipRequest(0, i)].crops[0].permute(3, 0, 1, 2) for i in chosen]
 
     def _dataset(self, *, train: bool) -> ClipDataset:
