@@ -7,6 +7,13 @@ from torch import Tensor
 # Relative error of loss and gradients against Hugging Face's classes. In fp64 the bound is
 # what their float32 mean, std and position constants allow.
 PARITY_RTOL = {torch.float64: 1e-7, torch.float32: 1e-5}
+# Relative error against a formula written out in the test, in fp64 throughout: rounding only.
+EXACT_RTOL = 1e-12
+# In a lower precision: this many times the error of the same computation done eagerly in it.
+EAGER_FACTOR = 2.0
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def hf_config(**settings) -> transformers.VideoMAEConfig:
@@ -52,3 +59,40 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
     truth = truth.double()
     return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def assert_as_accurate_as_eager(got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """``got`` may be at most EAGER_FACTOR times as far from the fp64 truth as ``eager``."""
+    assert got.dtype == eager.dtype
+    bound = EAGER_FACTOR * relative_error(eager, truth) + 1e-15
+    assert relative_error(got, truth) <= bound
+
+
+def make_video(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", seed: int = 0
+) -> Tensor:
+    """A ``(B, C, T, H, W)`` video of noise.
+
+    ``layout`` "decoder" has the storage of a decoder's (B, T, H, W, C), permuted; "cropped" is a
+    window of a larger video with every second frame.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    b, c, t, h, w = shape
+    stored = {
+        "contiguous": shape,
+        "decoder": (b, t, h, w, c),
+        "cropped": (b, c, 2 * t, h + 3, w + 5),
+    }[layout]
+    if dtype == torch.uint8:
+        video = torch.randint(0, 256, stored, generator=generator, dtype=dtype)
+    else:
+        video = torch.randn(stored, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "decoder":
+        return video.permute(0, 4, 1, 2, 3)
+    return video if layout == "contiguous" else video[:, :, ::2, 2 : 2 + h, 1 : 1 + w]
+
+
+def random_positions(batch: int, num_tokens: int, count: int, seed: int = 0) -> Tensor:
+    """``(B, count)`` int64 distinct positions of each clip, in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, num_tokens, generator=generator).argsort(dim=1)[:, :count]

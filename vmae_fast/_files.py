@@ -56,6 +56,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn what torch and safetensors raise when a write fails into an OSError that names it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # safetensors' own class, and RuntimeError from torch's writer: neither is importable or
+        # specific enough to be named here.
+        raise OSError(f"could not write {path}: {error}") from error
+
+
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return

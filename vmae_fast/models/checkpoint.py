@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vmae_fast._files import atomic_file
+from vmae_fast._files import atomic_file, write_errors
 
 from . import dialects
 from .config import VideoMAEConfig
@@ -98,7 +98,7 @@ def save_model(model: VideoMAE, path: str | Path, dialect: str) -> Path:
                 f"the videomae dialect is one file: name it .pth, not {path.name!r}"
             )
         theirs, args = dialects.to_videomae(state, config)
-        with atomic_file(path) as temporary:
+        with atomic_file(path) as temporary, write_errors(path):
             torch.save({"model": theirs, "args": args}, temporary)
     else:
         raise CheckpointError(
@@ -272,7 +272,8 @@ def _write_folder(folder: Path, state: State, documents: dict[str, dict[str, Any
 
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; this dialect writes a folder")
-    with atomic_file(folder / "model.safetensors") as temporary:
+    weights = folder / "model.safetensors"
+    with atomic_file(weights) as temporary, write_errors(weights):
         save_file(state, temporary, metadata={"format": "pt"})
     for name, document in documents.items():
         with atomic_file(folder / name) as temporary:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vmae_fast._files import atomic_file, atomic_folder
+from vmae_fast._files import atomic_file, atomic_folder, write_errors
 from vmae_fast.models import CheckpointError, VideoMAE
 
 from .config import ConfigError
@@ -135,7 +135,8 @@ class RunFolder:
                 "optimizer": optimizer.state_dict(),
                 **extra,
             }
-            torch.save(state, folder / "trainer.pt")
+            with write_errors(folder / "trainer.pt"):
+                torch.save(state, folder / "trainer.pt")
 
     @staticmethod
     def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vmae_fast.models import CheckpointError, VideoMAE
 
 from .config import ConfigError, PretrainConfig, Schedule
 from .distributed import Ranks
-from .inputs import BadFiles, Inputs
+from .inputs import BadFiles, Inputs, RunError
 from .optimizer import AveragedWeights, make_optimizer
 from .run_folder import RunFolder
 
@@ -66,13 +66,23 @@ class Setup:
         return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
     def save(self, step: int, path: Path | None = None) -> None:
-        """Write the checkpoint of ``step`` steps done, to the run's checkpoints or to ``path``."""
+        """Write the checkpoint of ``step`` steps done, to the run's checkpoints or to ``path``.
+
+        Raises:
+            RunError: it could not be written (a full disk); those before it are whole.
+        """
         extra = {"seed": self.config.run.seed, "files": self.inputs.fingerprint}
         parts = (step, self.model, self.optimizer, self.average, extra)
-        if path is None:
-            self.folder.save(*parts, keep=self.config.run.keep)
-        else:
-            self.folder.save_at(path, *parts)
+        try:
+            if path is None:
+                self.folder.save(*parts, keep=self.config.run.keep)
+            else:
+                self.folder.save_at(path, *parts)
+        except OSError as error:
+            raise RunError(
+                f"the checkpoint of step {step} could not be written: {error}. Those before it "
+                "are whole; make room and go on with --resume"
+            ) from error
 
     def describe(self) -> str:
         """A line or two for the start of the log."""

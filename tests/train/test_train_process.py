@@ -1,0 +1,163 @@
+"""Runs as processes: signals, kill -9, a full disk, two real ranks."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative_error
+from safetensors.torch import load_file
+
+from vmae_fast import VideoMAE
+from vmae_fast.train.metrics import read_metrics
+
+# Two runs side by side on two cores must not spin for each other.
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+
+
+def command(config, **changes):
+    """The run's settings as a config file and the command to start it."""
+    for name, value in changes.items():
+        group = next(g for g in vars(config).values() if hasattr(g, name))
+        setattr(group, name, value)
+    file = Path(config.run.out).with_suffix(".toml")
+    file.write_text(config.to_toml())
+    return ["-m", "vmae_fast.cli", "pretrain", "--config", str(file)]
+
+
+def start(arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_step(config, step, process, seconds=90):
+    """Wait until so many steps are in the metrics."""
+    file = Path(config.run.out) / "metrics.jsonl"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if file.exists() and any(row["step"] >= step for row in read_metrics(file)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError("the run did not get there")
+
+
+def weights(config, step):
+    name = f"step-{step:08d}"
+    return load_file(Path(config.run.out) / "checkpoints" / name / "model.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_stops(config, number):
+    process = start(command(config, steps=100_000, save_every=100_000, val_every=100_000))
+    wait_for_step(config, 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert f"stopped by {signal.Signals(number).name}" in output
+    assert f"--out {config.run.out} --resume" in output
+    assert "Traceback" not in output
+    (checkpoint,) = (Path(config.run.out) / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step-")) >= 3
+    VideoMAE.from_pretrained(checkpoint)
+
+
+def test_kill_9_then_resume_is_bitwise(config, tmp_path):
+    total = 24
+    arguments = command(config, steps=total, save_every=1, val_every=100_000, keep=100_000)
+    process = start(arguments)
+    wait_for_step(config, 5, process)
+    process.kill()
+    process.wait()
+    checkpoints = sorted((Path(config.run.out) / "checkpoints").glob("step-*"))
+    assert 4 <= len(checkpoints) < total
+    for checkpoint in checkpoints:
+        VideoMAE.from_pretrained(checkpoint)
+    # The run's own settings are enough to go on.
+    resumed = start(["-m", "vmae_fast.cli", "pretrain", "--out", str(config.run.out), "--resume"])
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, output
+    broken = weights(config, total)
+
+    whole = start(command(config, out=str(tmp_path / "whole")))
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
+    unbroken = weights(config, total)
+    assert all(torch.equal(broken[name], tensor) for name, tensor in unbroken.items())
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(config):
+    arguments = command(config, steps=4, save_every=2, val_every=100_000)
+    process = start(arguments)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    before = weights(config, 4)
+    # No file may grow past 1 MB: the optimiser's state is larger.
+    limited = start(
+        command(config, steps=8, resume=True),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+    )
+    output, _ = limited.communicate(timeout=90)
+    assert limited.returncode == 1, output
+    assert "the checkpoint of step 6 could not be written" in output
+    assert "File too large" in output
+    assert "Traceback" not in output
+    after = weights(config, 4)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    checkpoints = Path(config.run.out) / "checkpoints"
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
+    roomy = start(command(config, steps=8, resume=True))
+    output, _ = roomy.communicate(timeout=90)
+    assert roomy.returncode == 0, output
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"mask_kind": "random", "decoder_mask_ratio": 0.5}],
+    ids=["static_counts", "scored_weights"],
+)
+def test_two_ranks_equal_one(config, tmp_path, extra):
+    """Same clips, same masks: torchrun on two processes against one with the whole batch."""
+    common = {"steps": 3, "micro_batch": 2, "repeats": 2, "save_every": 3, **extra}
+    process = start(command(config, **common))
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    one = weights(config, 3)
+    rows = read_metrics(Path(config.run.out) / "metrics.jsonl")
+
+    arguments = command(config, out=str(tmp_path / "two"))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = start([*launcher, *arguments])
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    for name, tensor in weights(config, 3).items():
+        assert relative_error(tensor, one[name]) < 1e-4, name
+    for a, b in zip(rows, read_metrics(tmp_path / "two" / "metrics.jsonl"), strict=True):
+        for figure in ("loss", "grad_norm", "val_loss", "val_zero_prediction"):
+            assert (figure in a) == (figure in b)
+            if figure in a:
+                assert b[figure] == pytest.approx(a[figure], rel=1e-4)
+
+
+def test_two_ranks_stop_together(config):
+    arguments = command(config, steps=100_000, save_every=100_000, val_every=100_000)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    process = start([*launcher, *arguments])
+    wait_for_step(config, 2, process, seconds=120)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    (checkpoint,) = (Path(config.run.out) / "checkpoints").iterdir()
+    VideoMAE.from_pretrained(checkpoint)
+    assert output.count("stopped by SIGTERM") == 1
