@@ -16,6 +16,14 @@ from vmae_fast.train.config import ConfigError
 # The recipe of a run that names neither a model nor a config.
 DEFAULT_RECIPE = "tiny"
 
+# Flags, and the setting that takes each one's place where it is set.
+_REPLACED = {
+    "epochs": "steps",
+    "base-lr": "lr",
+    "base-min-lr": "min_lr",
+    "warmup-epochs": "warmup_steps",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors a user can mend are one message."""
@@ -68,9 +76,17 @@ def _pretrain(args: list[str]) -> int:
     if source is None and "--resume" in flags and run.is_file():
         # A run goes on with the settings it was started with.
         source = str(run)
-    elif source is None and not flags & {"--model", "--init"}:
-        source = DEFAULT_RECIPE
+    implied = source is None and not flags & {"--model", "--init"}
     base = PretrainConfig() if source is None else load_config(source)
+    if implied:
+        base = load_config(DEFAULT_RECIPE)
+        if "--data" in flags:
+            # What suits 256 small files made for it does not suit any folder.
+            base.data.cache, base.run.target = False, None
+    for flag, replaced_by in _REPLACED.items():
+        if f"--{flag}" in flags:
+            # A flag must not lose to the setting of a recipe that takes its place.
+            setattr(base.optim, replaced_by, None)
     config: PretrainConfig = tyro.cli(
         OmitArgPrefixes[PretrainConfig],
         prog="vmae-fast pretrain",

@@ -62,9 +62,8 @@ def test_keys_equal_plain_integers():
     epoch, clip, repeat = torch.randint(-(2**62), 2**62, (3, 200), generator=generator)
     for seed in (0, 17, -5, 2**63 - 1, -(2**63)):
         keys = clip_keys(seed, epoch, clip, repeat)
-        expected = [
-            python_key(seed, *row) for row in zip(*(x.tolist() for x in (epoch, clip, repeat)))
-        ]
+        rows = torch.stack([epoch, clip, repeat], dim=1).tolist()
+        expected = [python_key(seed, *row) for row in rows]
         assert keys.dtype == torch.int64
         assert keys.tolist() == expected
 
