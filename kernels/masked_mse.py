@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .tubelets import scale_channels_, take_tubelets
 
@@ -69,9 +68,10 @@ class MaskedMSEReference(torch.autograd.Function):
         return torch.linalg.vector_norm(difference, dim=-1).square_().div_(difference.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor | None, ...]:
         """``grad * 2 / P * difference``, multiplied in fp32 and written in pred's dtype."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("masked_mse cannot be differentiated twice")
         (difference,) = ctx.saved_tensors
         grad_pred = torch.empty_like(difference, dtype=ctx.pred_dtype)
         scale = (grad_BM * (2 / difference.shape[-1])).unsqueeze(-1)

@@ -3,6 +3,7 @@
 out[b, i] = weight . tubelet(video[b], visible_idx[b, i]) + bias + pos_embed[visible_idx[b, i]]
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,11 +23,14 @@ def tubelet_embed_reference(
     pt, ph, pw = weight_DCthw.shape[2:]
     tubelets = take_tubelets(video_BCTHW, visible_idx_BV, (pt, ph, pw))
     if not tubelets.is_floating_point():
-        tubelets = scale_channels_(
-            tubelets.to(weight_DCthw.dtype),
+        # In fp32 at least: bf16 cannot hold the steps of 8-bit video once the mean is off.
+        precise = tubelets.to(torch.promote_types(weight_DCthw.dtype, torch.float32))
+        scale_channels_(
+            precise,
             [1 / (255 * s) for s in std],
             [-m / s for m, s in zip(mean, std, strict=True)],
         )
+        tubelets = precise.to(weight_DCthw.dtype)
     tokens_BVD = F.linear(tubelets.flatten(2), weight_DCthw.flatten(1), bias_D)
     if pos_embed_ND is None:
         return tokens_BVD

@@ -47,7 +47,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             # A folder cannot be renamed onto a full one: the old one steps aside first.
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             path.replace(aside)
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                aside.replace(path)
+                raise
             shutil.rmtree(aside)
         else:
             temporary.replace(path)

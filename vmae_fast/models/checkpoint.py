@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ def _locate(path: str | Path) -> Path:
         ) from None
     try:
         folder = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-        if not _weight_files(folder):
+        if not _has_weights(folder):
             folder = Path(
                 snapshot_download(str(path), allow_patterns=["*.json", "pytorch_model*.bin"])
             )
@@ -150,12 +151,14 @@ def _read_folder(folder: Path, overrides: dict[str, Any]) -> tuple[State, VideoM
                 f"{folder} is format version {settings.get('version')}, this release reads "
                 f"{_FORMAT_VERSION}"
             )
+        if not isinstance(settings.get("model"), dict):
+            raise CheckpointError(f"{folder / 'config.json'} holds no model settings")
         config = VideoMAEConfig.from_dict(settings["model"])
     else:
         processor_file = folder / "preprocessor_config.json"
         processor = _read_json(processor_file) if processor_file.exists() else {}
         state, config = dialects.from_huggingface(state, settings, processor)
-    _check_grid(folder, config, overrides)
+    _check_recorded(folder, config, overrides)
     return state, dataclasses.replace(config, **_known(overrides))
 
 
@@ -168,13 +171,18 @@ def _read_pth(file: Path, overrides: dict[str, Any]) -> tuple[State, VideoMAECon
     state = next(
         (content[key] for key in ("model", "module", "state_dict") if key in content), content
     )
-    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    if not isinstance(args, Mapping) or not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{file} holds a {type(state).__name__} of weights and a {type(args).__name__} of "
+            "args, not a state dict and its settings"
+        )
+    tensors = {str(name): t for name, t in state.items() if isinstance(t, Tensor)}
     ours, hints = dialects.from_videomae(tensors, args)
     recorded = {name: hints[name] for name in _GRID if name in hints}
     config = dialects.infer_config(ours, hints | _known(overrides) | recorded)
     # Only what the file says or shows can contradict the caller; the rest is his to say.
     shown = {*recorded, "patch_size", "tubelet_size"}
-    _check_grid(file, config, {name: v for name, v in overrides.items() if name in shown})
+    _check_recorded(file, config, {name: v for name, v in overrides.items() if name in shown})
     return ours, config
 
 
@@ -186,7 +194,14 @@ def _known(overrides: dict[str, Any]) -> dict[str, Any]:
     return overrides
 
 
-def _check_grid(source: Path, config: VideoMAEConfig, overrides: dict[str, Any]) -> None:
+def _check_recorded(source: Path, config: VideoMAEConfig, overrides: dict[str, Any]) -> None:
+    """Refuse overrides of what the weights were trained with, though any value would load."""
+    for name in ("heads", "decoder_heads"):
+        if overrides.get(name, getattr(config, name)) != getattr(config, name):
+            raise CheckpointError(
+                f"{source} was trained with {name}={getattr(config, name)} (asked for "
+                f"{overrides[name]})"
+            )
     asked = dataclasses.replace(config, **{n: overrides[n] for n in _GRID if n in overrides})
     differs = [
         f"{name}={getattr(config, name)} (asked for {getattr(asked, name)})"
@@ -200,8 +215,19 @@ def _check_grid(source: Path, config: VideoMAEConfig, overrides: dict[str, Any])
         )
 
 
+def _has_weights(folder: Path) -> bool:
+    try:
+        return bool(_weight_files(folder))
+    except CheckpointError:
+        # An index whose shards were not among what was fetched.
+        return False
+
+
 def _weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
+        # A whole file first: where one was saved over a sharded checkpoint, the shards are old.
+        if (folder / name).exists():
+            return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
             names = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -209,8 +235,6 @@ def _weight_files(folder: Path) -> list[Path]:
             if lost:
                 raise CheckpointError(f"{index} names files that are not there: {lost}")
             return [folder / part for part in names]
-        if (folder / name).exists():
-            return [folder / name]
     return []
 
 
@@ -244,7 +268,10 @@ def _torch_load(file: Path) -> Any:
             else "it is not a torch checkpoint, or not a whole one"
         )
         raise CheckpointError(f"{file} was not loaded: {reason}") from error
-    except (EOFError, RuntimeError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # A damaged file ends anywhere in the reader: KeyError, IndexError, OSError, ...
         raise CheckpointError(
             f"{file} was not loaded: it is not a torch checkpoint, or not a whole one ({error})"
         ) from error
@@ -273,8 +300,12 @@ def _write_folder(folder: Path, state: State, documents: dict[str, dict[str, Any
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; this dialect writes a folder")
     weights = folder / "model.safetensors"
-    with atomic_file(weights) as temporary, write_errors(weights):
-        save_file(state, temporary, metadata={"format": "pt"})
-    for name, document in documents.items():
-        with atomic_file(folder / name) as temporary:
+    # The renames come when the stack unwinds, after every write: a disk that fills in between
+    # leaves the folder as it was.
+    with ExitStack() as files:
+        temporary = files.enter_context(atomic_file(weights))
+        with write_errors(weights):
+            save_file(state, temporary, metadata={"format": "pt"})
+        for name, document in documents.items():
+            temporary = files.enter_context(atomic_file(folder / name))
             temporary.write_text(json.dumps(document, indent=2) + "\n")

@@ -171,9 +171,16 @@ class VideoMAEConfig:
         return cls(**{**SIZES[size], **overrides})
 
     def _check(self) -> None:
-        for name in ("frames", "in_channels", "tubelet_size", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least = dict.fromkeys(
+            ("frames", "in_channels", "tubelet_size", "width", "depth", "heads", "decoder_width"),
+            1,
+        )
+        least |= {"mlp_dim": 1, "decoder_mlp_dim": 1}
+        least |= {"decoder_depth": 0, "num_classes": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
         for name, value, step_name, step in (
             ("frames", self.frames, "tubelet_size", self.tubelet[0]),
             ("image height", self.size[0], "patch_size", self.tubelet[1]),

@@ -36,6 +36,11 @@ def infer_config(state: Mapping[str, Tensor], hints: dict[str, Any]) -> VideoMAE
         CheckpointError: a tensor that decides the shapes is missing, or the heads are unknown.
     """
     patch = _required(state, "encoder.patch_embed.weight")
+    if patch.dim() != 5:
+        raise CheckpointError(
+            f"the patch embedding's weight must be (D, C, pt, ph, pw), got {tuple(patch.shape)}: "
+            "this is no video model"
+        )
     width, in_channels, pt, ph, pw = patch.shape
     values: dict[str, Any] = {
         "width": width,
@@ -66,7 +71,7 @@ def infer_config(state: Mapping[str, Tensor], hints: dict[str, Any]) -> VideoMAE
                 f"the checkpoint does not say its number of heads and no published model has "
                 f"{of} {values[of]}: pass {name}="
             )
-    return VideoMAEConfig.of(VideoMAEConfig(), **values)
+    return VideoMAEConfig(**values)
 
 
 # ---- MCG-NJU/VideoMAE and OpenGVLab/VideoMAEv2 --------------------------------------------
@@ -82,6 +87,17 @@ _VIDEOMAE_FINETUNED = (
     ("head.", "classifier.head."),
 )
 _VIDEOMAE_PRETRAINING = (("encoder.patch_embed.proj.", "encoder.patch_embed."),)
+# What the function depends on and neither their weights nor their args say. Their code has one
+# value for each; models that differ are read back here as they were.
+_VIDEOMAE_EXTRAS = (
+    "heads",
+    "decoder_heads",
+    "norm_eps",
+    "decoder_norm_eps",
+    "fc_norm_eps",
+    "image_mean",
+    "image_std",
+)
 
 
 def from_videomae(
@@ -99,13 +115,14 @@ def from_videomae(
         "decoder_mask_ratio": "decoder_mask_ratio",
         # Spelt so in the published scripts.
         "normlize_target": "norm_pix",
-        # Not theirs: what we add when we write their format, for widths nobody published.
-        "heads": "heads",
-        "decoder_heads": "decoder_heads",
+        # Not theirs: what we add when we write their format, see to_videomae.
+        **{name: name for name in _VIDEOMAE_EXTRAS},
     }
     hints = {mine: args[theirs] for theirs, mine in wanted.items() if args.get(theirs) is not None}
     if not pretraining:
-        hints = {n: hints[n] for n in ("frames", "image_size", "heads") if n in hints}
+        # The rest is about pretraining.
+        kept = ("frames", "image_size", *_VIDEOMAE_EXTRAS)
+        hints = {name: value for name, value in hints.items() if name in kept}
     return ours, hints
 
 
@@ -121,8 +138,7 @@ def to_videomae(
         "mask_ratio": config.mask_ratio,
         "decoder_mask_ratio": config.decoder_mask_ratio,
         "normlize_target": config.norm_pix,
-        "heads": config.heads,
-        "decoder_heads": config.decoder_heads,
+        **{name: getattr(config, name) for name in _VIDEOMAE_EXTRAS},
     }
     return {_restem(name, back): tensor for name, tensor in state.items()}, args
 
@@ -218,6 +234,18 @@ def to_huggingface(
     """
     if config.init_values:
         raise CheckpointError("Hugging Face's VideoMAE has no layer scale (init_values)")
+    if config.decoder_depth and config.num_classes:
+        raise CheckpointError("Hugging Face has no class with both a decoder and a classifier")
+    for name, used in (
+        ("decoder_norm_eps", config.decoder_depth),
+        ("fc_norm_eps", config.num_classes and not config.final_norm),
+    ):
+        # From 1e-6, the originals', outputs change by some 1e-5; from anything else by more.
+        if used and not 1e-6 <= getattr(config, name) <= _HF_FIXED_EPS:
+            raise CheckpointError(
+                f"{name} {getattr(config, name)} would silently become Hugging Face's fixed "
+                f"{_HF_FIXED_EPS}"
+            )
     theirs: State = {}
     for name, tensor in state.items():
         if name.endswith("attn.qkv.weight"):

@@ -39,7 +39,7 @@ def _init_weights(module: nn.Module) -> None:
 def _blocks(
     config: VideoMAEConfig, depth: int, width: int, heads: int, hidden: int
 ) -> nn.ModuleList:
-    rates = torch.linspace(0, config.drop_path, depth).tolist()
+    rates = [config.drop_path * index / max(depth - 1, 1) for index in range(depth)]
     return nn.ModuleList(
         Block(
             width,

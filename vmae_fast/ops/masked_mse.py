@@ -48,6 +48,7 @@ def masked_mse(
     mean over scored tokens.
     """
     _check_targets(video, target_idx, tubelet, mean, std)
+    check(reduction in ("mean", "none"), f"reduction must be 'mean' or 'none', got {reduction!r}")
     expected = (*target_idx.shape, video.shape[1] * tubelet[0] * tubelet[1] * tubelet[2])
     check(
         tuple(pred.shape) == expected,

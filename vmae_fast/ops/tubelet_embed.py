@@ -1,5 +1,6 @@
 """Tubelet embedding of the visible tubelets only."""
 
+import torch
 from torch import Tensor
 
 from vmae_fast.kernels.tubelet_embed import tubelet_embed_reference
@@ -48,7 +49,17 @@ def tubelet_embed(
         video.shape[1] == weight.shape[1],
         f"video has {video.shape[1]} channels but weight expects {weight.shape[1]}",
     )
-    if not video.is_floating_point():
+    if bias is not None:
+        check(
+            tuple(bias.shape) == (weight.shape[0],),
+            f"bias must be (D,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}",
+        )
+    if video.is_floating_point():
+        check(
+            video.dtype == weight.dtype or torch.is_autocast_enabled(video.device.type),
+            f"video is {video.dtype} but weight is {weight.dtype}; cast one of them",
+        )
+    else:
         check_channels("mean", mean, video.shape[1])
         check_channels("std", std, video.shape[1])
     if pos_embed is not None:
