@@ -4,9 +4,9 @@ out[b, i] = weight . tubelet(video[b], visible_idx[b, i]) + bias + pos_embed[vis
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear_reference
 from .tubelets import scale_channels_, take_tubelets
 
 
@@ -31,7 +31,7 @@ def tubelet_embed_reference(
             [-m / s for m, s in zip(mean, std, strict=True)],
         )
         tubelets = precise.to(weight_DCthw.dtype)
-    tokens_BVD = F.linear(tubelets.flatten(2), weight_DCthw.flatten(1), bias_D)
+    tokens_BVD = linear_reference(tubelets.flatten(2), weight_DCthw.flatten(1), bias_D)
     if pos_embed_ND is None:
         return tokens_BVD
     pos = pos_embed_ND if visible_idx_BV is None else pos_embed_ND[visible_idx_BV]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmae_fast import ops
 from vmae_fast.masking import Mask
-from vmae_fast.nn import Block, TubeletEmbed
+from vmae_fast.nn import Block, Linear, TubeletEmbed
 
 from .config import VideoMAEConfig
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             config, config.decoder_depth, width, config.decoder_heads, config.decoder_hidden
         )
         self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
-        self.head = nn.Linear(width, config.tubelet_values)
+        self.head = Linear(width, config.tubelet_values)
         self.register_buffer(
             "pos_embed", sinusoid_table(config.num_tokens, width), persistent=False
         )

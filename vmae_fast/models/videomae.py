@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmae_fast import ops
 from vmae_fast.masking import Mask, Masking
-from vmae_fast.nn import MaskedMSELoss
+from vmae_fast.nn import Linear, MaskedMSELoss
 
 from .config import VideoMAEConfig
 from .parts import ClassifierHead, Decoder, Encoder
@@ -72,7 +72,7 @@ class VideoMAE(nn.Module):
         self.decoder: Decoder | None = None
         if config.decoder_depth:
             # These two keep torch's default start for the linear, as published.
-            self.encoder_to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
+            self.encoder_to_decoder = Linear(config.width, config.decoder_width, bias=False)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
             self.decoder = Decoder(config)

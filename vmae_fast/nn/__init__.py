@@ -3,6 +3,7 @@
 from .attention import Attention
 from .block import MLP, Block, DropPath
 from .embed import TubeletEmbed
+from .linear import Linear
 from .loss import MaskedMSELoss
 
-__all__ = ["MLP", "Attention", "Block", "DropPath", "MaskedMSELoss", "TubeletEmbed"]
+__all__ = ["MLP", "Attention", "Block", "DropPath", "Linear", "MaskedMSELoss", "TubeletEmbed"]

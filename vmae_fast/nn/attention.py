@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmae_fast import ops
+
+from .linear import Linear
 
 
 class Attention(nn.Module):
@@ -27,10 +28,10 @@ class Attention(nn.Module):
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """Attend over ``(B, N, D)``.
@@ -43,13 +44,13 @@ class Attention(nn.Module):
             ``(B, N, D)``, or ``(B, num_queries, D)``.
         """
         if num_queries is None or num_queries == x.shape[1]:
-            qkv = F.linear(x, self.qkv.weight, self._bias())
+            qkv = ops.linear(x, self.qkv.weight, self._bias())
             return self.proj(ops.attention(qkv, self.num_heads))
         width = x.shape[2]
         weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
-        q = F.linear(x[:, x.shape[1] - num_queries :], weight_q, self.q_bias)
+        q = ops.linear(x[:, x.shape[1] - num_queries :], weight_q, self.q_bias)
         bias = self._bias()
-        kv = F.linear(x, weight_kv, None if bias is None else bias[width:])
+        kv = ops.linear(x, weight_kv, None if bias is None else bias[width:])
         return self.proj(ops.cross_attention(q, kv, self.num_heads))
 
     def _bias(self) -> Tensor | None:

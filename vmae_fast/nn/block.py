@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Attention
+from .linear import Linear
 
 
 class DropPath(nn.Module):
@@ -45,8 +46,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., D)``."""

@@ -4,6 +4,7 @@ Implementations live in :mod:`vmae_fast.kernels`; models and trainer never call 
 """
 
 from .attention import attention, cross_attention
+from .linear import linear
 from .masked_mse import masked_mse, pixel_targets, weighted_mean, zero_prediction_mse
 from .token_gather import decoder_tokens, gather_tokens
 from .tubelet_embed import tubelet_embed
@@ -13,6 +14,7 @@ __all__ = [
     "cross_attention",
     "decoder_tokens",
     "gather_tokens",
+    "linear",
     "masked_mse",
     "pixel_targets",
     "tubelet_embed",
