@@ -5,14 +5,17 @@ Run as a script it prints the peak memory of a step in a process of its own:
     python benchmarks/peers.py {ours,huggingface} {fp32,bf16}
 """
 
-import resource
+import json
 import sys
 from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
-from vmae_fast import VideoMAE
+from vmae_fast import Mask, Masking, VideoMAE
 
 CLIPS = 2
 
@@ -23,41 +26,54 @@ def step_of(contender: str, precision: str) -> Callable[[], None]:
     Both read the same normalised float video, the only kind Hugging Face's takes.
     """
     torch.manual_seed(0)
-    ours = VideoMAE("base")
     video = torch.randn(CLIPS, 3, 16, 224, 224)
-    mask = ours.masking(torch.arange(CLIPS))
-    model: torch.nn.Module = ours
-    forward: Callable[[], torch.Tensor]
+    mask = Masking((8, 14, 14))(torch.arange(CLIPS))
     if contender == "ours":
-
-        def forward() -> torch.Tensor:
-            return ours(video, mask).loss
+        model: torch.nn.Module = VideoMAE("base")
+        inputs: dict[str, torch.Tensor | Mask] = {"video": video, "mask": mask}
     else:
-        del ours
         config = transformers.VideoMAEConfig(use_mean_pooling=False, attn_implementation="sdpa")
         model = transformers.VideoMAEForPreTraining(config)
-        pixels, hidden = video.transpose(1, 2).contiguous(), mask.to_bool()
-        del video
-
-        def forward() -> torch.Tensor:
-            return model(pixels, bool_masked_pos=hidden).loss
+        pixels = video.transpose(1, 2).contiguous()
+        inputs = {"pixel_values": pixels, "bool_masked_pos": mask.to_bool()}
+        del video, mask
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = forward()
+            loss = model(**inputs).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
 
     return step
 
 
-def peak_memory_mib(contender: str, precision: str) -> float:
-    """Peak resident memory of this process over a step, above what it held before it."""
+def peak_memory_mib(contender: str, precision: str) -> dict[str, float]:
+    """Peak memory of a step, in a process of its own, above what is held with the model.
+
+    Returns:
+        ``tensors``: bytes that torch's allocator handed out at once, exact and repeatable.
+        ``resident``: what the process took from the system over two steps, fragmentation and
+        library buffers included; differs by some percent from run to run. Linux only (ru_maxrss
+        would start at the peak of the process that started this one).
+    """
     step = step_of(contender, precision)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    step()
+    resident = _status_mib("VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return {"tensors": max(held) / 2**20, "resident": resident}
+
+
+def _status_mib(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
-    print(peak_memory_mib(sys.argv[1], sys.argv[2]))
+    print(json.dumps(peak_memory_mib(sys.argv[1], sys.argv[2])))

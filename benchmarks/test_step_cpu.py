@@ -4,6 +4,7 @@ Two clips of 16x224x224, forward and backward, the two contenders' rounds interl
 are reported, not asserted: they depend on the machine.
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -36,17 +37,20 @@ def test_step(benchmark, record, precision):
     # The warm-up rounds come first in both lists.
     our_s = statistics.median(our_times_s[-ROUNDS:])
     their_s = statistics.median(their_times_s[-ROUNDS:])
-    memory = {name: _peak_memory(name, precision) for name in ("ours", "huggingface")}
+    ours_mib, theirs_mib = (_peak_memory(name, precision) for name in ("ours", "huggingface"))
     figures = {
         "what": f"base, {CLIPS} clips of 16x224x224, forward and backward, {precision}",
         "ours_s": round(our_s, 4),
         "huggingface_sdpa_s": round(their_s, 4),
         "speedup": round(their_s / our_s, 3),
         "ours_clips_per_s": round(CLIPS / our_s, 3),
-        "ours_peak_mib": round(memory["ours"]),
-        "huggingface_sdpa_peak_mib": round(memory["huggingface"]),
-        "memory_ratio": round(memory["ours"] / memory["huggingface"], 3),
     }
+    for kind in ("tensors", "resident"):
+        figures |= {
+            f"ours_peak_{kind}_mib": round(ours_mib[kind]),
+            f"huggingface_sdpa_peak_{kind}_mib": round(theirs_mib[kind]),
+            f"{kind}_ratio": round(ours_mib[kind] / theirs_mib[kind], 3),
+        }
     benchmark.extra_info.update(figures)
     record(f"step_base_{precision}", figures)
 
@@ -55,4 +59,4 @@ def _peak_memory(contender, precision):
     script = Path(__file__).with_name("peers.py")
     command = [sys.executable, str(script), contender, precision]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
