@@ -65,6 +65,7 @@ class VideoMAE(nn.Module):
     """
 
     def __init__(self, size: str | VideoMAEConfig = "base", **overrides: Any) -> None:
+        """Build the model with fresh weights, drawn from torch's global generator."""
         super().__init__()
         self.config = config = VideoMAEConfig.of(size, **overrides)
         self.encoder = Encoder(config)
