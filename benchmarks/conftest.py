@@ -8,6 +8,7 @@ import datetime
 import json
 import platform
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,9 @@ def device_folder():
     return torch.cuda.get_device_name().lower().replace(" ", "-")
 
 
+@lru_cache(maxsize=1)
 def environment():
-    """What a figure depends on."""
+    """What a figure depends on; read once, before result files change the working tree."""
     import transformers
 
     root = Path(__file__).parent
