@@ -80,6 +80,8 @@ def _pretrain(args: list[str]) -> int:
     base = PretrainConfig() if source is None else load_config(source)
     if implied:
         base = load_config(DEFAULT_RECIPE)
+        if not flags & {"-h", "--help"}:
+            print(f"no --model, --config or --init: taking the recipe {DEFAULT_RECIPE!r}")
         if "--data" in flags:
             # What suits 256 small files made for it does not suit any folder.
             base.data.cache, base.run.target = False, None
