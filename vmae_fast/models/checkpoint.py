@@ -273,7 +273,8 @@ def _torch_load(file: Path) -> Any:
     except Exception as error:
         # A damaged file ends anywhere in the reader: KeyError, IndexError, OSError, ...
         raise CheckpointError(
-            f"{file} was not loaded: it is not a torch checkpoint, or not a whole one ({error})"
+            f"{file} was not loaded: it is not a torch checkpoint, or not a whole one "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from vmae_fast.models import SIZES, VideoMAE, VideoMAEConfig
+from vmae_fast.models import SIZES, CheckpointError, VideoMAE, VideoMAEConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,11 +73,18 @@ class ModelSettings:
         """A new model, or one from the checkpoint ``init``.
 
         Raises:
-            ConfigError: the checkpoint is of another size, or has no decoder.
+            ConfigError: sizes that do not divide; the checkpoint is of another size, or has no
+                decoder.
+            CheckpointError: it cannot be read.
         """
-        if init is None:
-            return VideoMAE(self.model or "base", **self.overrides())
-        model = VideoMAE.from_pretrained(init, **self.overrides())
+        try:
+            if init is None:
+                return VideoMAE(self.model or "base", **self.overrides())
+            model = VideoMAE.from_pretrained(init, **self.overrides())
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if self.model is not None:
             asked = VideoMAEConfig.of(self.model)
             for name in ("width", "depth", "heads"):

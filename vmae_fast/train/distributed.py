@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .config import ConfigError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -65,10 +67,13 @@ def process_group(device: str) -> Iterator[Ranks]:
 
     Args:
         device: "auto", or a torch device; under torchrun each process takes its own GPU.
+
+    Raises:
+        ConfigError: no such device.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = torch.device(_auto_device() if device == "auto" else device)
+    chosen = _device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
         torch.cuda.set_device(chosen)
@@ -82,7 +87,15 @@ def process_group(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _auto_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    return device

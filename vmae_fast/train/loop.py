@@ -203,10 +203,10 @@ class Pretraining:
         any_bad, signal = self.ranks.any(bool(bad), stop.signal)
         if any_bad:
             self._note_bad(bad)
-            if known.too_many:
-                if step != saved:
-                    self._save(step)
-                raise RunError(known.message(self.setup.folder.bad_files))
+        if known.too_many:
+            if step != saved:
+                self._save(step)
+            raise RunError(known.message(self.setup.folder.bad_files))
         return signal
 
     def _note_bad(self, bad: list[BadFile]) -> None:
