@@ -255,3 +255,24 @@ def test_types_are_announced():
 
 def test_version():
     assert vmae_fast.__version__ == importlib.metadata.version("vmae-fast")
+
+
+def test_the_command_line_sets_up_before_torch_is_loaded():
+    """OpenMP reads its wait policy once, when torch is loaded."""
+    script = """
+        import os, sys
+        os.environ.pop("OMP_WAIT_POLICY", None)
+        import vmae_fast.cli
+        assert "torch" not in sys.modules
+        vmae_fast.cli.main(["env"])
+        assert "torch" in sys.modules
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+def test_sub_packages_are_attributes():
+    script = "import vmae_fast; vmae_fast.ops.linear; vmae_fast.nn.Block; vmae_fast.Mask"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'VideoMAF'"):
+        vmae_fast.VideoMAF  # noqa: B018

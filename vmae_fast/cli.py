@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,6 @@ from typing import Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
-
-from vmae_fast.train.config import ConfigError
 
 # The recipe of a run that names neither a model nor a config.
 DEFAULT_RECIPE = "tiny"
@@ -49,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"vmae-fast: no command {args[0]!r}; there are {', '.join(commands)}", file=sys.stderr
         )
         return 2
+    # Threads that wait for each other by spinning triple a step's time where the cores are shared
+    # with other processes, and gain nothing where they are not. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vmae_fast.data import DataError, DecodeError
     from vmae_fast.models import CheckpointError
-    from vmae_fast.train import RunError
+    from vmae_fast.train import ConfigError, RunError
 
     mendable = (DataError, DecodeError, CheckpointError, ConfigError, RunError, OSError)
     try:
@@ -108,7 +110,6 @@ def _pretrain(args: list[str]) -> int:
 
 def _report(config: Any, result: Any) -> int:
     """Print what a run came to, with its pictures; on the main process only."""
-    import os
     import signal
 
     if int(os.environ.get("RANK", 0)):
@@ -250,8 +251,6 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[tuple[str, str]]:
-    import os
-
     import torch
 
     rows = [("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")]
@@ -263,9 +262,8 @@ def _devices() -> list[tuple[str, str]]:
         )
     if not torch.cuda.device_count():
         built = torch.version.cuda
-        rows.append(
-            ("cuda", f"no GPU (torch built for {built})" if built else "torch built without")
-        )
+        why = f"no GPU seen (torch built for {built})" if built else "this torch is built without"
+        rows.append(("cuda", why))
     return rows
 
 
@@ -289,6 +287,8 @@ def _take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
         if arg == name:
             value = next(remaining, None)
             if value is None:
+                from vmae_fast.train import ConfigError
+
                 raise ConfigError(f"{name} needs a value")
         elif arg.startswith(f"{name}="):
             value = arg.split("=", 1)[1]
