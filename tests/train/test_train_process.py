@@ -77,7 +77,7 @@ def test_a_signal_saves_and_stops(config, number):
 def test_kill_9_then_resume_is_bitwise(config, tmp_path):
     total = 24
     arguments = command(config, steps=total, save_every=1, val_every=100_000, keep=100_000)
-    process = start(arguments)
+    process = start([*arguments, "--overwrite"])
     wait_for_step(config, 5, process)
     process.kill()
     process.wait()
@@ -106,7 +106,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(config):
     before = weights(config, 4)
     # No file may grow past 1 MB: the optimiser's state is larger.
     limited = start(
-        command(config, steps=8, resume=True),
+        [*command(config, steps=8), "--resume"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
     )
     output, _ = limited.communicate(timeout=90)
@@ -118,7 +118,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(config):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     checkpoints = Path(config.run.out) / "checkpoints"
     assert [p.name for p in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
-    roomy = start(command(config, steps=8, resume=True))
+    roomy = start([*command(config, steps=8), "--resume"])
     output, _ = roomy.communicate(timeout=90)
     assert roomy.returncode == 0, output
 

@@ -247,10 +247,15 @@ class PretrainConfig:
             raise ConfigError("--resume needs --out, the folder of the run to go on with")
 
     def to_toml(self) -> str:
-        """The settings as TOML, those that are None left out."""
+        """The settings as TOML, those that are None left out.
+
+        So are ``resume`` and ``overwrite``: they say what was asked of one start, not what the
+        run is, and its settings are read again when it goes on.
+        """
         import tomli_w
 
         tables = dataclasses.asdict(self)
+        del tables["run"]["resume"], tables["run"]["overwrite"]
         return tomli_w.dumps(
             {
                 table: {name: value for name, value in values.items() if value is not None}
