@@ -85,11 +85,15 @@ def test_kill_9_then_resume_is_bitwise(config, tmp_path):
     assert 4 <= len(checkpoints) < total
     for checkpoint in checkpoints:
         VideoMAE.from_pretrained(checkpoint)
+    half = Path(config.run.out) / "checkpoints" / ".step-00000099.abc.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     # The run's own settings are enough to go on.
     resumed = start(["-m", "vmae_fast.cli", "pretrain", "--out", str(config.run.out), "--resume"])
     output, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, output
     broken = weights(config, total)
+    assert not list((Path(config.run.out) / "checkpoints").glob(".*"))
 
     whole = start(command(config, out=str(tmp_path / "whole")))
     output, _ = whole.communicate(timeout=120)

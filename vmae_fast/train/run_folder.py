@@ -70,6 +70,9 @@ class RunFolder:
         elif held:
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
+        # What a process killed while saving left half written.
+        for leftover in run.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return run
 
     def latest(self) -> Path | None:
