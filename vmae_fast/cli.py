@@ -272,8 +272,8 @@ def _decoder() -> str:
         import av
     except ImportError as error:
         return f"none: PyAV cannot be imported ({error})"
-    library = ".".join(map(str, av.library_versions["libavcodec"]))
-    return f"PyAV {av.__version__} (libavcodec {library})"
+    version = ".".join(map(str, av.library_versions["libavcodec"]))
+    return f"PyAV {av.__version__} (libavcodec {version})"
 
 
 # ---- arguments ----------------------------------------------------------------------------
