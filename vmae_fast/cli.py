@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"vmae-fast: no command {args[0]!r}; there are {', '.join(commands)}", file=sys.stderr
         )
         return 2
-    # Threads that wait for each other by spinning triple a step's time where the cores are shared
-    # with other processes, and gain nothing where they are not. Read when torch is loaded.
+    # Threads that wait for each other by spinning double a small model's time where other
+    # processes want the cores; sleeping costs it half as much again where they do not
+    # (benchmarks/NOTES.md). The user's own setting holds. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vmae_fast.data import DataError, DecodeError
     from vmae_fast.models import CheckpointError
