@@ -1,5 +1,7 @@
 """The embedded set: what is shown, and that making it is repeatable and all or nothing."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -163,3 +165,19 @@ def test_colours_survive_encoding(tmp_path):
         drawn = render_motion(motion, host_rng(0, stream=6, clip=number), size=72, frames=8)
         shown = PyAVDecoder().read_all(str(folder / motion / f"{number:04d}.mp4"))
         assert np.abs(drawn.astype(int) - shown).mean() < 4
+
+
+def test_two_processes_make_the_same_bytes(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from vmae_fast.data import synthetic_videos; "
+        "synthetic_videos(Path(sys.argv[1]), count=24)"
+    )
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True)
+    made = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+        for name in ("a", "b")
+        if (paths := sorted((tmp_path / name).rglob("*.mp4")))
+    ]
+    assert len(made[0]) == 24
+    assert made[0] == made[1]
