@@ -15,10 +15,36 @@ _LEAST_ROWS = 1024
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` over the last dimension."""
     if _as_convolution(x, weight):
-        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-        out = F.conv2d(rows, weight[:, :, None, None], bias)
+        out = F.conv2d(_as_image(x), weight[:, :, None, None], bias)
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
+
+
+def matmul_accumulated(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` in ``dtype``, in one rounding from the sums where the library can."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+    """``grad.T @ x``, ``(out, in)`` in fp32 (fp64 for fp64)."""
+    if _as_convolution(x_RI, grad_RO):
+        kernel = x_RI.new_empty(grad_RO.shape[1], x_RI.shape[1], 1, 1)  # read for its shape only
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            _as_image(grad_RO), _as_image(x_RI), kernel, None,
+            [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False],
+        )  # fmt: skip
+        return grad_weight.flatten(1)
+    wide = torch.promote_types(x_RI.dtype, torch.float32)
+    return matmul_accumulated(grad_RO.t(), x_RI, wide)
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """Rows of any leading shape as a channels-last image ``(1, width, rows, 1)``, not copied."""
+    return rows.reshape(1, -1, 1, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
 def _as_convolution(x: Tensor, weight: Tensor) -> bool:

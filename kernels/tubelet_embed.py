@@ -1,38 +1,455 @@
 """Tubelet embedding: a Conv3d with kernel = stride, of chosen tubelets only.
 
 out[b, i] = weight . tubelet(video[b], visible_idx[b, i]) + bias + pos_embed[visible_idx[b, i]]
+
+uint8 video is folded into the weights. With m, s the channel's mean and standard deviation,
+
+    weight . (u / 255 - m) / s  =  folded . (u - 128) + sum(folded * (128 - 255 m)),
+    folded = weight / (255 s),
+
+where u - 128 is exact in bf16, which holds every integer up to 256, and the sum is taken over the
+folded weight as rounded, so that the weight's rounding is the only one left in the product.
+
+Shapes: video (B, C, T, H, W), R = B * V rows of P = C*pt*ph*pw values, weight (D, P).
 """
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linear import linear_reference
-from .tubelets import scale_channels_, take_tubelets
+from . import _launch
+from ._launch import Row, cdiv, jit, tl
+from .linear import linear_reference, matmul_accumulated, weight_gradient
+from .token_gather import (
+    column_sum_reference,
+    column_sum_triton,
+    dense_rows,
+    position_gradient_reference,
+    position_gradient_triton,
+)
+from .tubelets import (
+    pixel_offset,
+    put_tubelets,
+    scale_channels_,
+    take_tubelets,
+    tubelet_origin,
+)
+
+# Rows of tubelets in and out of a video; see _ROWS in token_gather.py. Not yet measured.
+_MOVE = Row({"BLOCK_R": 8, "BLOCK_P": 256}, num_warps=4, num_stages=1)
+_FINISH = Row({"BLOCK_R": 16, "BLOCK_D": 128}, num_warps=4, num_stages=1)
+
+_HALF = Row({"BLOCK_R": 128, "BLOCK_D": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
+_HALF_99K = Row({"BLOCK_R": 128, "BLOCK_D": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3)
+_FP32 = Row({"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2)
+_GEMM = {
+    **{(target, torch.float32): _FP32 for target in (80, 86, 90, 100, 120)},
+    **{(t, d): _HALF for t in (80, 90, 100) for d in (torch.float16, torch.bfloat16)},
+    **{(t, d): _HALF_99K for t in (86, 120) for d in (torch.float16, torch.bfloat16)},
+}
+
+# The two ways forward: rows of tubelets, then the library's matrix product, then bias and
+# position; or all of it in one kernel. The first until the second is measured to be faster.
+FORWARD_WAYS = ("rows", "one_kernel")
+forward_way = FORWARD_WAYS[0]
+
+
+class Tubelets(NamedTuple):
+    """Where the tubelets of an embedding come from, and how their values are meant.
+
+    Attributes:
+        video: ``(B, C, T, H, W)`` uint8 or floating.
+        idx: ``(B, V)`` positions, or None for all N in order.
+        size: ``(pt, ph, pw)``.
+        mean: per-channel mean of uint8 video in units of [0, 1].
+        std: per-channel standard deviation.
+        dtype: what products are computed in.
+    """
+
+    video: Tensor
+    idx: Tensor | None
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: torch.dtype
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """``(t, h, w)``."""
+        t, h, w = (n // p for n, p in zip(self.video.shape[2:], self.size, strict=True))
+        return t, h, w
+
+    @property
+    def count(self) -> int:
+        """V, tubelets a clip."""
+        t, h, w = self.grid
+        return t * h * w if self.idx is None else self.idx.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """``(B, V)`` of the tokens, all of them when there is no index."""
+        if self.idx is not None:
+            return self.idx
+        every = torch.arange(self.count, device=self.video.device)
+        return every.expand(self.video.shape[0], -1)
 
 
 def tubelet_embed_reference(
-    video_BCTHW: Tensor,
-    weight_DCthw: Tensor,
-    bias_D: Tensor | None,
-    pos_embed_ND: Tensor | None,
-    visible_idx_BV: Tensor | None,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    tubelets: Tubelets, weight_DCthw: Tensor, bias_D: Tensor | None, pos_embed_ND: Tensor | None
 ) -> Tensor:
     """Definition of the op in plain PyTorch, ``(B, V, D)``; uint8 is normalised on the way."""
-    pt, ph, pw = weight_DCthw.shape[2:]
-    tubelets = take_tubelets(video_BCTHW, visible_idx_BV, (pt, ph, pw))
-    if not tubelets.is_floating_point():
-        # In fp32 at least: bf16 cannot hold the steps of 8-bit video once the mean is off.
-        precise = tubelets.to(torch.promote_types(weight_DCthw.dtype, torch.float32))
-        scale_channels_(
-            precise,
-            [1 / (255 * s) for s in std],
-            [-m / s for m, s in zip(mean, std, strict=True)],
-        )
-        tubelets = precise.to(weight_DCthw.dtype)
-    tokens_BVD = linear_reference(tubelets.flatten(2), weight_DCthw.flatten(1), bias_D)
+    rows_BVP = _normalised_rows(tubelets)
+    bias_D = None if bias_D is None else bias_D.to(tubelets.dtype)
+    tokens_BVD = linear_reference(rows_BVP, weight_DCthw.flatten(1).to(tubelets.dtype), bias_D)
     if pos_embed_ND is None:
         return tokens_BVD
-    pos = pos_embed_ND if visible_idx_BV is None else pos_embed_ND[visible_idx_BV]
-    return tokens_BVD + pos
+    return tokens_BVD + (pos_embed_ND if tubelets.idx is None else pos_embed_ND[tubelets.idx])
+
+
+def tubelet_embed_backward_reference(
+    tubelets: Tubelets,
+    weight_DCthw: Tensor,
+    grad_BVD: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+    need_pos: bool,
+    need_video: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of weight, bias and position (fp32 at least) and of a floating video."""
+    grad_weight = grad_bias = grad_pos = grad_video = None
+    narrow_BVD = grad_BVD.to(tubelets.dtype)
+    if need_weight:
+        grad_DP = weight_gradient(
+            narrow_BVD.flatten(0, 1), _normalised_rows(tubelets).flatten(0, 1)
+        )
+        grad_weight = grad_DP.view(weight_DCthw.shape)
+    if need_bias:
+        grad_bias = column_sum_reference(grad_BVD)
+    if need_pos:
+        num_tokens = tubelets.grid[0] * tubelets.grid[1] * tubelets.grid[2]
+        grad_pos = position_gradient_reference(grad_BVD, tubelets.positions, num_tokens)
+    if need_video:
+        rows_BVP = narrow_BVD @ weight_DCthw.flatten(1).to(tubelets.dtype)
+        cells = rows_BVP.to(tubelets.video.dtype).unflatten(2, weight_DCthw.shape[1:])
+        grad_video = put_tubelets(cells, tubelets.idx, tuple(tubelets.video.shape))
+    return grad_weight, grad_bias, grad_pos, grad_video
+
+
+def _normalised_rows(tubelets: Tubelets) -> Tensor:
+    """``(B, V, P)`` in the dtype of the product, channel-major as the weight."""
+    values = take_tubelets(tubelets.video, tubelets.idx, tubelets.size)
+    if not values.is_floating_point():
+        # In fp32 at least: bf16 cannot hold the steps of 8-bit video once the mean is off.
+        values = values.to(torch.promote_types(tubelets.dtype, torch.float32))
+        scale = [1 / (255 * s) for s in tubelets.std]
+        shift = [-m / s for m, s in zip(tubelets.mean, tubelets.std, strict=True)]
+        scale_channels_(values, scale, shift)
+    return values.flatten(2).to(tubelets.dtype)
+
+
+@jit
+def _tubelet_value_offset(
+    offs_p, stride_c, stride_t, stride_h, stride_w,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+):  # fmt: skip
+    """Offset in a tubelet of its values ``offs_p``, counted (c pt ph pw) as the weight, int64."""
+    channel = (offs_p // (PT * PH * PW)).to(tl.int64)
+    inside = pixel_offset(offs_p % (PT * PH * PW), stride_t, stride_h, stride_w, PH, PW)
+    return channel * stride_c + inside
+
+
+@jit
+def _take_kernel(
+    video_ptr, idx_ptr, rows_ptr, num_rows, rows_per_clip, num_values, grid_h, grid_w,
+    stride_clip, stride_c, stride_t, stride_h, stride_w, stride_idx_clip, stride_idx_token,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    HAS_IDX: tl.constexpr, CENTRE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Copy BLOCK_P values of BLOCK_R tubelets to rows, less 128 (CENTRE: uint8 video).
+
+    Grid: row blocks x value blocks, values fastest. Writes all of rows.
+    """
+    value_blocks = tl.cdiv(num_values, BLOCK_P)
+    program = tl.program_id(0)
+    rows = (program // value_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_p = (program % value_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_r = rows < num_rows
+    clip, token = rows // rows_per_clip, rows % rows_per_clip
+    if HAS_IDX:
+        at = clip * stride_idx_clip + token * stride_idx_token
+        token = tl.load(idx_ptr + at, mask=mask_r, other=0).to(tl.int64)
+    start = clip * stride_clip + tubelet_origin(
+        token, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW
+    )
+    inside = _tubelet_value_offset(offs_p, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+    mask = mask_r[:, None] & (offs_p < num_values)[None, :]
+    values = tl.load(video_ptr + start[:, None] + inside[None, :], mask=mask, other=0)
+    if CENTRE:
+        values = values.to(tl.int16) - 128
+    out = rows_ptr + rows[:, None] * num_values + offs_p[None, :]
+    tl.store(out, values.to(rows_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _put_kernel(
+    rows_ptr, idx_ptr, video_ptr, num_rows, rows_per_clip, num_values, grid_h, grid_w,
+    stride_clip, stride_c, stride_t, stride_h, stride_w, stride_idx_clip, stride_idx_token,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    HAS_IDX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Copy BLOCK_P values of BLOCK_R rows to where they stand in the video.
+
+    Grid: row blocks x value blocks, values fastest. Writes only the tubelets that idx names.
+    """
+    value_blocks = tl.cdiv(num_values, BLOCK_P)
+    program = tl.program_id(0)
+    rows = (program // value_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_p = (program % value_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_r = rows < num_rows
+    clip, token = rows // rows_per_clip, rows % rows_per_clip
+    if HAS_IDX:
+        at = clip * stride_idx_clip + token * stride_idx_token
+        token = tl.load(idx_ptr + at, mask=mask_r, other=0).to(tl.int64)
+    start = clip * stride_clip + tubelet_origin(
+        token, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW
+    )
+    inside = _tubelet_value_offset(offs_p, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+    mask = mask_r[:, None] & (offs_p < num_values)[None, :]
+    values = tl.load(rows_ptr + rows[:, None] * num_values + offs_p[None, :], mask=mask)
+    out = video_ptr + start[:, None] + inside[None, :]
+    tl.store(out, values.to(video_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _finish_kernel(
+    product_ptr, shift_ptr, pos_ptr, idx_ptr, out_ptr, num_rows, rows_per_clip, width,
+    stride_pos, stride_idx_clip, stride_idx_token,
+    HAS_POS: tl.constexpr, HAS_IDX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add shift and position to BLOCK_R rows of BLOCK_D columns of the product.
+
+    Grid: row blocks x column blocks, columns fastest. Writes all of out, which may be product.
+    """
+    column_blocks = tl.cdiv(width, BLOCK_D)
+    program = tl.program_id(0)
+    rows = (program // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = (program % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_r, mask_d = rows < num_rows, offs_d < width
+    mask = mask_r[:, None] & mask_d[None, :]
+    at = rows[:, None] * width + offs_d[None, :]
+    values = tl.load(product_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    values += tl.load(shift_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
+    if HAS_POS:
+        clip, token = rows // rows_per_clip, rows % rows_per_clip
+        if HAS_IDX:
+            where = clip * stride_idx_clip + token * stride_idx_token
+            token = tl.load(idx_ptr + where, mask=mask_r, other=0).to(tl.int64)
+        pos = pos_ptr + token[:, None] * stride_pos + offs_d[None, :]
+        values += tl.load(pos, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _embed_kernel(
+    video_ptr, weight_ptr, shift_ptr, pos_ptr, idx_ptr, out_ptr,
+    num_rows, rows_per_clip, num_values, width, grid_h, grid_w,
+    stride_clip, stride_c, stride_t, stride_h, stride_w, stride_pos,
+    stride_idx_clip, stride_idx_token,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    HAS_POS: tl.constexpr, HAS_IDX: tl.constexpr, CENTRE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Embed BLOCK_R tubelets into BLOCK_D columns, reading the video as the product's operand.
+
+    Grid: row blocks x column blocks, columns fastest, so that programs side by side share
+    tubelets in L2. Writes all of out.
+    """
+    column_blocks = tl.cdiv(width, BLOCK_D)
+    program = tl.program_id(0)
+    rows = (program // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = (program % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_r, mask_d = rows < num_rows, offs_d < width
+    clip, token = rows // rows_per_clip, rows % rows_per_clip
+    if HAS_IDX:
+        at = clip * stride_idx_clip + token * stride_idx_token
+        token = tl.load(idx_ptr + at, mask=mask_r, other=0).to(tl.int64)
+    start = clip * stride_clip + tubelet_origin(
+        token, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW
+    )
+    weight_row = weight_ptr + offs_d.to(tl.int64)[None, :] * num_values
+    total = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for first in range(0, num_values, BLOCK_K):
+        offs_p = first + tl.arange(0, BLOCK_K)
+        mask_p = offs_p < num_values
+        inside = _tubelet_value_offset(offs_p, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+        values = tl.load(
+            video_ptr + start[:, None] + inside[None, :],
+            mask=mask_r[:, None] & mask_p[None, :],
+            other=0,
+        )
+        if CENTRE:
+            values = values.to(tl.int16) - 128
+        weight = tl.load(
+            weight_row + offs_p[:, None], mask=mask_p[:, None] & mask_d[None, :], other=0.0
+        )
+        # ieee: fp32 operands stay fp32 (the default rounds them to tf32); no meaning for others.
+        total = tl.dot(values.to(weight.dtype), weight, total, input_precision="ieee")
+    total += tl.load(shift_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
+    mask = mask_r[:, None] & mask_d[None, :]
+    if HAS_POS:
+        pos = pos_ptr + token[:, None] * stride_pos + offs_d[None, :]
+        total += tl.load(pos, mask=mask, other=0.0).to(tl.float32)
+    out = out_ptr + rows[:, None] * width + offs_d[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def tubelet_embed_triton(
+    tubelets: Tubelets, weight_DCthw: Tensor, bias_D: Tensor | None, pos_embed_ND: Tensor | None
+) -> Tensor:
+    """As :func:`tubelet_embed_reference`."""
+    weight_DP, shift_D = _fold(tubelets, weight_DCthw, bias_D)
+    dtype = tubelets.dtype
+    if pos_embed_ND is not None:
+        pos_embed_ND = dense_rows(pos_embed_ND)
+        dtype = torch.promote_types(dtype, pos_embed_ND.dtype)
+    if forward_way == "one_kernel":
+        return _embed_in_one_kernel(tubelets, weight_DP, shift_D, pos_embed_ND, dtype)
+    product_RD = matmul_accumulated(_take(tubelets), weight_DP.t(), dtype)
+    batch, count, width = tubelets.video.shape[0], tubelets.count, weight_DP.shape[0]
+    _launch.launch(
+        _finish_kernel,
+        cdiv(batch * count, _FINISH.blocks["BLOCK_R"]) * cdiv(width, _FINISH.blocks["BLOCK_D"]),
+        product_RD, shift_D, pos_embed_ND, tubelets.idx, product_RD, batch * count, count, width,
+        *_strides(pos_embed_ND, 1), *_strides(tubelets.idx, 2),
+        HAS_POS=pos_embed_ND is not None,
+        HAS_IDX=tubelets.idx is not None,
+        row=_FINISH,
+    )  # fmt: skip
+    return product_RD.view(batch, count, width)
+
+
+def tubelet_embed_backward_triton(
+    tubelets: Tubelets,
+    weight_DCthw: Tensor,
+    grad_BVD: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+    need_pos: bool,
+    need_video: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`tubelet_embed_backward_reference`."""
+    grad_weight = grad_bias = grad_pos = grad_video = None
+    centred = not tubelets.video.is_floating_point()
+    grad_BVD = dense_rows(grad_BVD)
+    narrow_RD = grad_BVD.to(tubelets.dtype).flatten(0, 1)
+    if need_bias or (need_weight and centred):
+        grad_bias = column_sum_triton(grad_BVD)
+    if need_weight:
+        grad_DP = weight_gradient(narrow_RD, _take(tubelets))
+        if centred:
+            assert grad_bias is not None
+            grad_DP = _unfold_gradient(tubelets, grad_DP, grad_bias)
+        grad_weight = grad_DP.view(weight_DCthw.shape)
+    if need_pos:
+        t, h, w = tubelets.grid
+        grad_pos = position_gradient_triton(grad_BVD, tubelets.positions, t * h * w)
+    if need_video:
+        rows_RP = narrow_RD @ weight_DCthw.flatten(1).to(tubelets.dtype)
+        grad_video = torch.zeros_like(tubelets.video, memory_format=torch.contiguous_format)
+        _move(_put_kernel, tubelets, rows_RP, grad_video)
+    return grad_weight, grad_bias if need_bias else None, grad_pos, grad_video
+
+
+def _fold(tubelets: Tubelets, weight_DCthw: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight ``(D, P)`` for the values as they lie in memory, and what to add, (D,) fp32."""
+    weight_DCq = weight_DCthw.flatten(2)
+    if tubelets.video.is_floating_point():
+        weight_DP = weight_DCq.flatten(1).to(tubelets.dtype).contiguous()
+        shift_D = weight_DP.new_zeros(weight_DP.shape[0], dtype=torch.float32)
+    else:
+        scale_C, offset_C = _centred(tubelets)
+        folded_DCq = (weight_DCq * scale_C[:, None]).to(tubelets.dtype)
+        weight_DP = folded_DCq.flatten(1)
+        shift_D = (folded_DCq.float().sum(2) * offset_C).sum(1)
+    return weight_DP, shift_D if bias_D is None else shift_D + bias_D
+
+
+def _unfold_gradient(tubelets: Tubelets, grad_DP: Tensor, column_sum_D: Tensor) -> Tensor:
+    """Gradient for the weight itself, from that for the folded weight of centred values."""
+    scale_C, offset_C = _centred(tubelets)
+    grad_DCq = grad_DP.unflatten(1, (scale_C.shape[0], -1))
+    grad_DCq = (grad_DCq + torch.outer(column_sum_D, offset_C).unsqueeze(2)) * scale_C[:, None]
+    return grad_DCq.flatten(1)
+
+
+def _centred(tubelets: Tubelets) -> tuple[Tensor, Tensor]:
+    """Per channel: 1 / (255 std), and 128 - 255 mean, fp32."""
+    scale = tuple(1 / (255 * s) for s in tubelets.std)
+    offset = tuple(128 - 255 * m for m in tubelets.mean)
+    scale_C, offset_C = _launch.channel_table((scale, offset), tubelets.video.device)
+    return scale_C, offset_C
+
+
+def _take(tubelets: Tubelets) -> Tensor:
+    """Tubelets as rows ``(R, P)`` in the dtype of the product; uint8 less 128."""
+    batch, channels = tubelets.video.shape[:2]
+    pt, ph, pw = tubelets.size
+    rows = tubelets.video.new_empty(
+        batch * tubelets.count, channels * pt * ph * pw, dtype=tubelets.dtype
+    )
+    centred = not tubelets.video.is_floating_point()
+    _move(_take_kernel, tubelets, tubelets.video, rows, CENTRE=centred)
+    return rows
+
+
+def _move(
+    kernel: object, tubelets: Tubelets, source: Tensor, target: Tensor, **flags: bool
+) -> None:
+    """Copy between rows and a video, whichever is the target."""
+    rows, video = (source, target) if source.dim() == 2 else (target, source)
+    pt, ph, pw = tubelets.size
+    _launch.launch(
+        kernel,
+        cdiv(rows.shape[0], _MOVE.blocks["BLOCK_R"]) * cdiv(rows.shape[1], _MOVE.blocks["BLOCK_P"]),
+        source, tubelets.idx, target, rows.shape[0], tubelets.count, rows.shape[1],
+        *tubelets.grid[1:], *video.stride(), *_strides(tubelets.idx, 2),
+        PT=pt, PH=ph, PW=pw,
+        HAS_IDX=tubelets.idx is not None,
+        **flags,
+        row=_MOVE,
+    )  # fmt: skip
+
+
+def _embed_in_one_kernel(
+    tubelets: Tubelets,
+    weight_DP: Tensor,
+    shift_D: Tensor,
+    pos_embed_ND: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, count = tubelets.video.shape[0], tubelets.count
+    width, num_values = weight_DP.shape
+    out = weight_DP.new_empty(batch, count, width, dtype=dtype)
+    row = _launch.pick(_GEMM, tubelets.video.device, tubelets.dtype)
+    pt, ph, pw = tubelets.size
+    _launch.launch(
+        _embed_kernel,
+        cdiv(batch * count, row.blocks["BLOCK_R"]) * cdiv(width, row.blocks["BLOCK_D"]),
+        tubelets.video, weight_DP, shift_D, pos_embed_ND, tubelets.idx, out,
+        batch * count, count, num_values, width, *tubelets.grid[1:],
+        *tubelets.video.stride(), *_strides(pos_embed_ND, 1), *_strides(tubelets.idx, 2),
+        PT=pt, PH=ph, PW=pw,
+        HAS_POS=pos_embed_ND is not None,
+        HAS_IDX=tubelets.idx is not None,
+        CENTRE=not tubelets.video.is_floating_point(),
+        row=row,
+    )  # fmt: skip
+    return out
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first strides of a tensor that may be missing."""
+    return (0,) * count if tensor is None else tensor.stride()[:count]

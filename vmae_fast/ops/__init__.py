@@ -3,18 +3,24 @@
 Implementations live in :mod:`vmae_fast.kernels`; models and trainer never call those directly.
 """
 
+from ._backend import backend
+from ._checks import debug
 from .attention import attention, cross_attention
 from .linear import linear
+from .linear_masked_mse import linear_masked_mse
 from .masked_mse import masked_mse, pixel_targets, weighted_mean, zero_prediction_mse
 from .token_gather import decoder_tokens, gather_tokens
 from .tubelet_embed import tubelet_embed
 
 __all__ = [
     "attention",
+    "backend",
     "cross_attention",
+    "debug",
     "decoder_tokens",
     "gather_tokens",
     "linear",
+    "linear_masked_mse",
     "masked_mse",
     "pixel_targets",
     "tubelet_embed",

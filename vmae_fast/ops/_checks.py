@@ -1,7 +1,42 @@
 """Argument checks shared by the ops: each names the argument, what was expected, what came."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+_debug = os.environ.get("VMAE_FAST_DEBUG", "0") not in ("", "0")
+
+
+@contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Check the values of indices too, in all threads, while the context lasts.
+
+    Every index tensor must lie within the tokens it counts and be distinct within each clip;
+    reading them back stalls a GPU, so this is off unless asked for. The environment variable
+    ``VMAE_FAST_DEBUG=1`` asks for it everywhere. Not in effect inside ``torch.compile``.
+
+    Args:
+        enabled: False turns the checks off.
+
+    Example:
+        >>> import torch
+        >>> from vmae_fast import ops
+        >>> with ops.debug():
+        ...     ops.gather_tokens(torch.randn(1, 4, 8), torch.tensor([[4, 0]]))
+        Traceback (most recent call last):
+        IndexError: idx holds 4 in clip 0; positions must lie in 0..3
+    """
+    global _debug
+    before, _debug = _debug, enabled
+    try:
+        yield
+    finally:
+        _debug = before
 
 
 def check(condition: bool, message: str) -> None:
@@ -20,6 +55,10 @@ def check_video(video: Tensor, tubelet: tuple[int, int, int]) -> tuple[int, int,
         video.dtype == torch.uint8 or video.is_floating_point(),
         f"video must be uint8 (0..255) or floating point (normalised), got {video.dtype}",
     )
+    check(
+        len(tubelet) == 3 and min(tubelet) > 0,
+        f"tubelet must be three positive sizes (pt, ph, pw), got {tuple(tubelet)}",
+    )
     for name, size, step in zip(
         ("frames", "height", "width"), video.shape[2:], tubelet, strict=True
     ):
@@ -31,8 +70,8 @@ def check_video(video: Tensor, tubelet: tuple[int, int, int]) -> tuple[int, int,
     return t, h, w
 
 
-def check_index(name: str, idx: Tensor, batch: int) -> None:
-    """Check an integer ``(B, n)`` index tensor."""
+def check_index(name: str, idx: Tensor, batch: int, num_tokens: int) -> None:
+    """Check an integer ``(B, n)`` index tensor, and in debug mode what it holds."""
     check(
         idx.dtype in (torch.int32, torch.int64),
         f"{name} must be int32 or int64, got {idx.dtype}",
@@ -41,6 +80,26 @@ def check_index(name: str, idx: Tensor, batch: int) -> None:
         idx.dim() == 2 and idx.shape[0] == batch,
         f"{name} must be (B, n) with B={batch}, got shape {tuple(idx.shape)}",
     )
+    if _debug and not torch.compiler.is_compiling():
+        _check_positions(name, idx.detach().cpu(), num_tokens)
+
+
+def _check_positions(name: str, idx: Tensor, num_tokens: int) -> None:
+    outside = ((idx < 0) | (idx >= num_tokens)).nonzero()
+    if len(outside):
+        clip, place = outside[0].tolist()
+        raise IndexError(
+            f"{name} holds {idx[clip, place].item()} in clip {clip}; "
+            f"positions must lie in 0..{num_tokens - 1}"
+        )
+    ordered = idx.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+    if len(twice):
+        clip, place = twice[0].tolist()
+        raise IndexError(
+            f"{name} holds {ordered[clip, place].item()} more than once in clip {clip}; "
+            "positions must be distinct within each clip"
+        )
 
 
 def check_channels(name: str, values: tuple[float, ...], channels: int) -> None:
@@ -49,3 +108,13 @@ def check_channels(name: str, values: tuple[float, ...], channels: int) -> None:
         len(values) == channels,
         f"{name} must hold one value per channel ({channels}), got {len(values)}",
     )
+
+
+def check_same_device(first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Check that tensors that meet in one kernel are on one device."""
+    for name, other in others.items():
+        check(
+            other is None or other.device == tensor.device,
+            f"{name} is on {None if other is None else other.device} but {first} is on "
+            f"{tensor.device}; move one of them",
+        )

@@ -1,0 +1,108 @@
+"""Launching Triton kernels: the target at hand and tables of block sizes as data.
+
+Nothing is tuned at run time. A table is keyed by target and dtype; every row of every table is
+compiled for its own target by ``tests/kernels/test_compile.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as missing:  # there is no Triton outside Linux
+    if missing.name != "triton":
+        raise
+    triton, tl = None, None
+
+# Compute capabilities with table rows of their own. 86 and 89 share rows: 99 KiB of shared memory.
+TARGETS = (80, 86, 89, 90, 100, 120)
+
+# What kernels compute in. Anything else goes to the reference.
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def jit(fn: Callable[..., None]) -> Any:
+    """:func:`triton.jit`, or the function as it is where there is no Triton to launch it."""
+    return fn if triton is None else triton.jit(fn)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a launch table.
+
+    Attributes:
+        blocks: block sizes by the name the kernel gives them.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline of loads.
+    """
+
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of this device."""
+    if triton is None:
+        return False
+    if device.type == "cuda":
+        return torch.version.hip is None and target_of(device) >= TARGETS[0]
+    return interpreting() and device.type == "cpu"
+
+
+@lru_cache
+def target_of(device: torch.device) -> int:
+    """Compute capability of a device as two digits, 90 for 9.0; the CPU stands for the first."""
+    if device.type != "cuda":
+        return TARGETS[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def pick(table: Mapping[tuple[int, torch.dtype], Row], device: torch.device, dtype: Any) -> Row:
+    """The table's row for a device and dtype: of the newest listed target it is not older than."""
+    at_hand = target_of(device)
+    listed = max(target for target, kind in table if kind == dtype and target <= at_hand)
+    return table[listed, dtype]
+
+
+def launch(kernel: Any, programs: int, *args: Any, row: Row, **constants: Any) -> None:
+    """Run ``kernel`` in so many programs along x, the one grid axis that cannot overflow."""
+    if programs == 0:
+        return
+    kernel[(programs,)](
+        *args, **row.blocks, **constants, num_warps=row.num_warps, num_stages=row.num_stages
+    )
+
+
+@lru_cache
+def channel_table(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """Per-channel constants ``(len(values), C)`` fp32 on the device, copied there once.
+
+    A copy from the host inside a step would stall it, and could not be captured in a CUDA graph.
+    """
+    return torch.tensor(values, dtype=torch.float32).to(device)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,83 @@
+"""Which implementation of an op runs: Triton's on a GPU, else plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from vmae_fast.kernels import _launch
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# A plain global, not a context variable: the backward pass runs in threads of its own.
+_chosen = _checked(os.environ.get("VMAE_FAST_BACKEND", "auto"), "VMAE_FAST_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of all ops, in all threads, while the context lasts.
+
+    The environment variable ``VMAE_FAST_BACKEND`` sets what holds outside of it.
+
+    Args:
+        name: "auto" (Triton kernels on GPUs of compute capability 8.0 and later, for fp32, fp16
+            and bf16; plain PyTorch elsewhere), "reference" (plain PyTorch everywhere) or
+            "triton" (an error where its kernels cannot run).
+
+    Raises:
+        ValueError: no such backend.
+
+    Example:
+        >>> import torch
+        >>> from vmae_fast import ops
+        >>> x, idx = torch.randn(1, 4, 8), torch.tensor([[2, 0]])
+        >>> with ops.backend("reference"):
+        ...     ops.gather_tokens(x, idx).shape
+        torch.Size([1, 2, 8])
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def use_triton(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> bool:
+    """Whether Triton kernels are to run on these tensors.
+
+    Args:
+        *tensors: what the kernels read; the first one's device decides.
+        dtype: what they compute in, where no tensor says it.
+
+    Raises:
+        RuntimeError: Triton was demanded and cannot run.
+    """
+    if _chosen == "reference":
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    floats = [tensor.dtype for tensor in given if tensor.is_floating_point()]
+    floats += [] if dtype is None else [dtype]
+    wrong = [kind for kind in floats if kind not in _launch.FLOAT_DTYPES]
+    device = given[0].device
+    if not wrong and _launch.available(device):
+        return True
+    if _chosen == "triton":
+        raise RuntimeError(
+            f"backend triton takes float32, float16 and bfloat16, got {wrong[0]}"
+            if wrong
+            else "backend triton needs a GPU of compute capability 8.0 or later (or "
+            f"TRITON_INTERPRET=1 and tensors on the CPU), but the tensors are on {device}"
+        )
+    return False
