@@ -4,15 +4,15 @@ pytest benchmarks/ --benchmark-only                      run, print
 pytest benchmarks/ --benchmark-only --results benchmarks/results   and keep the figures
 """
 
-import datetime
 import json
-import platform
-import subprocess
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+from environment import device_folder, environment
+
+# Their figures would be filed under the GPU. CUDA_VISIBLE_DEVICES= in the environment hides it.
+collect_ignore_glob = ["test_*_cpu.py"] if torch.cuda.is_available() else []
 
 
 def pytest_addoption(parser):
@@ -33,36 +33,3 @@ def record(request):
         file.write_text(json.dumps({"environment": environment(), **figures}, indent=2) + "\n")
 
     return write
-
-
-def device_folder():
-    """Name of the device, as a folder: cpu, or the GPU's."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return torch.cuda.get_device_name().lower().replace(" ", "-")
-
-
-@lru_cache(maxsize=1)
-def environment():
-    """What a figure depends on; read once, before result files change the working tree."""
-    import transformers
-
-    root = Path(__file__).parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown CPU"

@@ -8,12 +8,10 @@ Run as a script it prints the peak memory of a step in a process of its own:
 import json
 import sys
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-import transformers
-from torch.profiler import ProfilerActivity, profile
+from timing import peak_memory_bytes
 
 from vmae_fast import Mask, Masking, VideoMAE
 
@@ -32,6 +30,8 @@ def step_of(contender: str, precision: str) -> Callable[[], None]:
         model: torch.nn.Module = VideoMAE("base")
         inputs: dict[str, torch.Tensor | Mask] = {"video": video, "mask": mask}
     else:
+        import transformers
+
         config = transformers.VideoMAEConfig(use_mean_pooling=False, attn_implementation="sdpa")
         model = transformers.VideoMAEForPreTraining(config)
         pixels = video.transpose(1, 2).contiguous()
@@ -62,11 +62,8 @@ def peak_memory_mib(contender: str, precision: str) -> dict[str, float]:
     step()
     step()
     resident = _status_mib("VmHWM") - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return {"tensors": max(held) / 2**20, "resident": resident}
+    tensors = peak_memory_bytes(step, torch.device("cpu")) / 2**20
+    return {"tensors": tensors, "resident": resident}
 
 
 def _status_mib(name: str) -> float:

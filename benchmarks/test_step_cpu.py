@@ -19,6 +19,7 @@ ROUNDS = 7
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_step(benchmark, record, precision):
+    pytest.importorskip("transformers")
     ours, theirs = step_of("ours", precision), step_of("huggingface", precision)
     their_times_s: list[float] = []
     our_times_s: list[float] = []

@@ -23,6 +23,8 @@ except ModuleNotFoundError as missing:  # there is no Triton outside Linux
         raise
     triton, tl = None, None
 
+__all__ = ["Row", "available", "cdiv", "channel_table", "jit", "launch", "pick", "power_of_2", "tl"]
+
 # Compute capabilities with table rows of their own. 86 and 89 share rows: 99 KiB of shared memory.
 TARGETS = (80, 86, 89, 90, 100, 120)
 

@@ -105,7 +105,7 @@ def _in_chunks(
         part = slice(first, first + step)
         values_nP = linear_reference(x_nE[part], weight_PE, bias_P)
         loss_n[part] = turn(values_nP, first, None if weight_n is None else weight_n[part])
-        if grad_x is not None:
+        if grad_x is not None and grad_weight is not None and grad_bias is not None:
             grad_x[part] = linear_reference(values_nP, weight_PE.t(), None)
             grad_weight += weight_gradient(values_nP, x_nE[part])
             grad_bias += column_sum(values_nP.unsqueeze(0))

@@ -70,7 +70,7 @@ class Targets(NamedTuple):
     std: tuple[float, ...]
 
     @property
-    def count(self) -> int:
+    def rows(self) -> int:
         """n, tokens of all clips."""
         return self.idx.shape[0] * self.idx.shape[1]
 
@@ -120,14 +120,14 @@ def masked_mse_reference(
     """
     pred_dtype = torch.float32 if pred_BMP is None else pred_BMP.dtype
     dtype = torch.promote_types(pred_dtype, torch.float32)
-    loss_n = targets.video.new_empty(targets.count, dtype=dtype)
+    loss_n = targets.video.new_empty(targets.rows, dtype=dtype)
     kept_nP = None
     if keep:
-        kept_nP = loss_n.new_empty(targets.count, targets.values, dtype=pred_dtype)
+        kept_nP = loss_n.new_empty(targets.rows, targets.values, dtype=pred_dtype)
     tubelets_nCq = _tubelets(targets)
     pred_nP = None if pred_BMP is None else pred_BMP.flatten(0, 1)
     step = _chunk_rows(targets)
-    for first in range(0, targets.count, step):
+    for first in range(0, targets.rows, step):
         part = slice(first, first + step)
         difference_nCq = _targets(tubelets_nCq[part], targets, dtype).neg_()
         if pred_nP is not None:
@@ -178,7 +178,7 @@ def _mean_square(values_nP: Tensor) -> Tensor:
 def _chunk_rows(targets: Targets) -> int:
     """How many tokens to work on at a time; all of them where that is no gain."""
     if targets.video.device.type != "cpu":
-        return max(targets.count, 1)
+        return max(targets.rows, 1)
     return max(_CHUNK_VALUES // max(targets.values, 1), 1)
 
 
@@ -217,6 +217,14 @@ def _masked_mse_kernel(
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
     for channel in range(num_channels):
         raw = tl.load(values_at + tl.cast(channel, tl.int64) * stride_c, mask=mask, other=0)
+        # Read before the statistics, which have to wait for the pixels.
+        pred = tl.zeros([BLOCK_R, BLOCK_Q], dtype=tl.float32)
+        if HAS_PRED:
+            inside = offs_q * num_channels + channel
+            if CHANNEL_MAJOR:
+                inside = channel * PIXELS + offs_q
+            pred_at = pred_ptr + row_at[:, None] + inside[None, :]
+            pred = tl.load(pred_at, mask=mask, other=0.0).to(tl.float32)
         if UINT8 and NORM_PIX:
             # In integers: sums are exact, and a flat tubelet's target is exactly zero.
             whole = raw.to(tl.int32)
@@ -237,13 +245,7 @@ def _masked_mse_kernel(
                 target = tl.where(mask, target - centre[:, None], 0.0)
                 variance = tl.sum(target * target, axis=1) / (PIXELS - 1.0)
                 target = target / (tl.sqrt(variance) + eps)[:, None]
-        difference = -target
-        if HAS_PRED:
-            inside = offs_q * num_channels + channel
-            if CHANNEL_MAJOR:
-                inside = channel * PIXELS + offs_q
-            pred_at = pred_ptr + row_at[:, None] + inside[None, :]
-            difference += tl.load(pred_at, mask=mask, other=0.0).to(tl.float32)
+        difference = pred - target
         difference = tl.where(mask, difference, 0.0)
         total += tl.sum(difference * difference, axis=1)
         if KEEP:
@@ -282,7 +284,7 @@ def masked_mse_triton(
     pred_BMP: Tensor | None, targets: Targets, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`masked_mse_reference`."""
-    loss_n = targets.video.new_empty(targets.count, dtype=torch.float32)
+    loss_n = targets.video.new_empty(targets.rows, dtype=torch.float32)
     pred_nP = None if pred_BMP is None else pred_BMP.contiguous().flatten(0, 1)
     difference_nP = None
     if keep:

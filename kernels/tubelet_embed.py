@@ -83,7 +83,7 @@ class Tubelets(NamedTuple):
         return t, h, w
 
     @property
-    def count(self) -> int:
+    def per_clip(self) -> int:
         """V, tubelets a clip."""
         t, h, w = self.grid
         return t * h * w if self.idx is None else self.idx.shape[1]
@@ -93,7 +93,7 @@ class Tubelets(NamedTuple):
         """``(B, V)`` of the tokens, all of them when there is no index."""
         if self.idx is not None:
             return self.idx
-        every = torch.arange(self.count, device=self.video.device)
+        every = torch.arange(self.per_clip, device=self.video.device)
         return every.expand(self.video.shape[0], -1)
 
 
@@ -318,7 +318,7 @@ def tubelet_embed_triton(
     if forward_way == "one_kernel":
         return _embed_in_one_kernel(tubelets, weight_DP, shift_D, pos_embed_ND, dtype)
     product_RD = matmul_accumulated(_take(tubelets), weight_DP.t(), dtype)
-    batch, count, width = tubelets.video.shape[0], tubelets.count, weight_DP.shape[0]
+    batch, count, width = tubelets.video.shape[0], tubelets.per_clip, weight_DP.shape[0]
     _launch.launch(
         _finish_kernel,
         cdiv(batch * count, _FINISH.blocks["BLOCK_R"]) * cdiv(width, _FINISH.blocks["BLOCK_D"]),
@@ -398,7 +398,7 @@ def _take(tubelets: Tubelets) -> Tensor:
     batch, channels = tubelets.video.shape[:2]
     pt, ph, pw = tubelets.size
     rows = tubelets.video.new_empty(
-        batch * tubelets.count, channels * pt * ph * pw, dtype=tubelets.dtype
+        batch * tubelets.per_clip, channels * pt * ph * pw, dtype=tubelets.dtype
     )
     centred = not tubelets.video.is_floating_point()
     _move(_take_kernel, tubelets, tubelets.video, rows, CENTRE=centred)
@@ -414,7 +414,7 @@ def _move(
     _launch.launch(
         kernel,
         cdiv(rows.shape[0], _MOVE.blocks["BLOCK_R"]) * cdiv(rows.shape[1], _MOVE.blocks["BLOCK_P"]),
-        source, tubelets.idx, target, rows.shape[0], tubelets.count, rows.shape[1],
+        source, tubelets.idx, target, rows.shape[0], tubelets.per_clip, rows.shape[1],
         *tubelets.grid[1:], *video.stride(), *_strides(tubelets.idx, 2),
         PT=pt, PH=ph, PW=pw,
         HAS_IDX=tubelets.idx is not None,
@@ -430,7 +430,7 @@ def _embed_in_one_kernel(
     pos_embed_ND: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    batch, count = tubelets.video.shape[0], tubelets.count
+    batch, count = tubelets.video.shape[0], tubelets.per_clip
     width, num_values = weight_DP.shape
     out = weight_DP.new_empty(batch, count, width, dtype=dtype)
     row = _launch.pick(_GEMM, tubelets.video.device, tubelets.dtype)

@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, visible: Tensor, mask_token: Tensor, mask: Mask) -> Tensor:
-        """Predict the scored tokens.
+        """Predict the scored tokens: ``head`` of :meth:`features`.
 
         Args:
             visible: ``(B, V, E)``.
@@ -119,6 +119,10 @@ class Decoder(nn.Module):
         Returns:
             ``(B, S, P)`` in the order of ``mask.target_idx``.
         """
+        return self.head(self.features(visible, mask_token, mask))
+
+    def features(self, visible: Tensor, mask_token: Tensor, mask: Mask) -> Tensor:
+        """What the head reads, ``(B, S, E)``; arguments as in :meth:`forward`."""
         x_BNE = ops.decoder_tokens(
             visible, mask_token, self.pos_embed, mask.visible_idx, mask.decode_idx
         )
@@ -127,7 +131,7 @@ class Decoder(nn.Module):
             x_BNE = block(x_BNE)
         # Nothing reads the other tokens after the last block: they are its keys only.
         x_BSE = last(x_BNE, mask.num_scored)
-        return self.head(self.norm(x_BSE))
+        return self.norm(x_BSE)
 
 
 class ClassifierHead(nn.Module):

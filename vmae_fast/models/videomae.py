@@ -94,7 +94,8 @@ class VideoMAE(nn.Module):
                 floating point and normalised already.
             mask: ``(B, N)`` boolean, True = masked, every clip masking as many; or a
                 :class:`~vmae_fast.Mask`; None draws one on the video's device.
-            return_pred: also return the predictions.
+            return_pred: also return the predictions, which otherwise never exist in full. The
+                loss is the same but for rounding.
 
         Returns:
             :class:`VideoMAEOutput`.
@@ -112,9 +113,12 @@ class VideoMAE(nn.Module):
         self._check_video(video)
         mask = self._mask(video, mask)
         tokens_BVE = self.encoder_to_decoder(self.encoder(video, mask.visible_idx))
-        pred_BSP = self.decoder(tokens_BVE, self.mask_token.view(-1), mask)
-        loss = self.loss(pred_BSP, video, mask.target_idx, mask.scored)
-        return VideoMAEOutput(loss, pred_BSP if return_pred else None, mask)
+        features_BSE = self.decoder.features(tokens_BVE, self.mask_token.view(-1), mask)
+        head, scored = self.decoder.head, (video, mask.target_idx, mask.scored)
+        if not return_pred:
+            return VideoMAEOutput(self.loss.of_features(features_BSE, head, *scored), None, mask)
+        pred_BSP = head(features_BSE)
+        return VideoMAEOutput(self.loss(pred_BSP, *scored), pred_BSP, mask)
 
     def encode(self, video: Tensor) -> Tensor:
         """Features of all tokens, ``(B, N, D)``, t-major; nothing is masked.

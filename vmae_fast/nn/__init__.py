@@ -2,8 +2,17 @@
 
 from .attention import Attention
 from .block import MLP, Block, DropPath
-from .embed import TubeletEmbed
+from .embed import GatherVisible, TubeletEmbed
 from .linear import Linear
 from .loss import MaskedMSELoss
 
-__all__ = ["MLP", "Attention", "Block", "DropPath", "Linear", "MaskedMSELoss", "TubeletEmbed"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "DropPath",
+    "GatherVisible",
+    "Linear",
+    "MaskedMSELoss",
+    "TubeletEmbed",
+]

@@ -1,4 +1,4 @@
-"""Tubelet embedding module."""
+"""Tubelet embedding, and picking tokens out of it."""
 
 import torch.nn as nn
 from torch import Tensor
@@ -8,6 +8,20 @@ from vmae_fast import ops
 
 class TubeletEmbed(nn.Conv3d):
     """Embed the visible tubelets of a video; a Conv3d's weights, init and state dict.
+
+    Takes the place of ``nn.Conv3d(in_channels, width, tubelet, stride=tubelet)`` and of the
+    indexing after it: tubelets that are not visible are not read.
+
+    Example:
+        >>> import torch
+        >>> from vmae_fast.nn import TubeletEmbed
+        >>> embed = TubeletEmbed(3, 192, (2, 16, 16))
+        >>> _ = embed.load_state_dict(torch.nn.Conv3d(3, 192, (2, 16, 16)).state_dict())
+        >>> video = torch.randint(0, 256, (1, 3, 4, 64, 64), dtype=torch.uint8)
+        >>> embed(video).shape  # a grid of 2 x 4 x 4
+        torch.Size([1, 32, 192])
+        >>> embed(video, visible_idx=torch.tensor([[0, 5, 31]])).shape
+        torch.Size([1, 3, 192])
 
     Args:
         in_channels: C.
@@ -38,3 +52,21 @@ class TubeletEmbed(nn.Conv3d):
         return ops.tubelet_embed(
             video, self.weight, self.bias, pos_embed, visible_idx, mean=self.mean, std=self.std
         )
+
+
+class GatherVisible(nn.Module):
+    """Keep the visible tokens of a sequence: what a boolean mask is used for, without its stall.
+
+    Example:
+        >>> import torch
+        >>> from vmae_fast import Mask
+        >>> from vmae_fast.nn import GatherVisible
+        >>> mask = Mask.from_bool(torch.tensor([[True, False, True, False]]))  # True = masked
+        >>> tokens = torch.arange(4.0).view(1, 4, 1)
+        >>> GatherVisible()(tokens, mask.visible_idx).flatten().tolist()
+        [1.0, 3.0]
+    """
+
+    def forward(self, x: Tensor, visible_idx: Tensor) -> Tensor:
+        """``(B, N, D)`` to ``(B, V, D)``; see :func:`vmae_fast.ops.gather_tokens`."""
+        return ops.gather_tokens(x, visible_idx)

@@ -166,7 +166,7 @@ def _forward_fake(pred: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     per_token = targets.video.new_empty(targets.idx.shape, dtype=dtype)
     if pred is None or not keep:
         return per_token, per_token.new_empty(0)
-    return per_token, pred.new_empty(targets.count, targets.values)
+    return per_token, pred.new_empty(targets.rows, targets.values)
 
 
 def _backward(grad: Tensor, kept: Tensor, channels: int) -> Tensor:

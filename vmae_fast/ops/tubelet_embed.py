@@ -132,7 +132,7 @@ def _forward_fake(
     std: list[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    count = _tubelets(video, weight, visible_idx, mean, std, dtype).count
+    count = _tubelets(video, weight, visible_idx, mean, std, dtype).per_clip
     dtype = dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
     return weight.new_empty(video.shape[0], count, weight.shape[0], dtype=dtype)
 

@@ -1,0 +1,269 @@
+"""Everything that wants a GPU, in one command: build, tests, benchmarks.
+
+    python benchmarks/gpu_suite.py --out DIR
+
+Each part runs in a process of its own under a time limit, with its log in DIR; a part that fails
+does not keep the next from running. The last thing printed, and kept as DIR/summary.txt, is a
+short table. Exit status: 0, 1 where a part failed, 2 without a GPU. Needs nothing that torch and
+pytest do not bring.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import report
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("build", "tests", "benchmarks")
+# Of the time that is left when a part starts.
+SHARE = {"build": 0.2, "tests": 0.55, "benchmarks": 1.0}
+# What a stopped pytest gets to write its report before it is killed.
+GRACE_S = 10
+MOST_LINES, MOST_FAILURES, MOST_WIDTH = 58, 20, 160
+
+
+@dataclass
+class Outcome:
+    """How a part went.
+
+    Attributes:
+        part: "build", "tests" or "benchmarks".
+        status: exit status; None where it ran past its limit.
+        seconds: how long it ran.
+        passed, skipped: how many tests.
+        failures: test and first line of its error.
+        not_collected: files whose tests were never seen, and why.
+        missing: files whose tests were never seen for want of a package, by package.
+    """
+
+    part: str
+    status: int | None = None
+    seconds: float = 0
+    passed: int = 0
+    skipped: int = 0
+    failures: list[str] = field(default_factory=list)
+    not_collected: list[str] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Finished, and nothing wrong but packages that are not there."""
+        if self.part == "build" or self.status is None:
+            return self.status == 0
+        # 1 is also what files that cannot be collected end with.
+        return (
+            self.status in (0, 1) and self.passed > 0 and not (self.failures or self.not_collected)
+        )
+
+    def line(self) -> str:
+        """The part's line of the table."""
+        result = "ok" if self.ok else "FAILED"
+        if self.status is None:
+            result = "FAILED (time limit)"
+        words = [f"{self.part:<11} {result}, {self.seconds:.0f} s"]
+        if self.part != "build":
+            words.append(f"{self.passed} passed, {len(self.failures)} failed")
+            words.append(f"{self.skipped} skipped, {len(self.not_collected)} files broken")
+            words += [f"{len(files)} without {name}" for name, files in self.missing.items()]
+        return ", ".join(words)
+
+
+def command_of(part: str, out: Path) -> list[str]:
+    """The command of a part."""
+    if part == "build":
+        options = ["-e", ".", "--no-deps", "--no-build-isolation"]
+        return [sys.executable, "-m", "pip", "install", *options]
+    # Verbose, so that the log of a part that had to be killed says at which test.
+    pytest = [sys.executable, "-m", "pytest", "-v", f"--junitxml={out / part}.xml"]
+    # Video and checkpoint tests want packages that a GPU machine may not have.
+    pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if part == "tests":
+        return [*pytest, "-m", "gpu", "tests"]
+    return [*pytest, "benchmarks", "--benchmark-only", "--results", str(out / "results")]
+
+
+def run_part(part: str, command: list[str], out: Path, limit_s: float) -> Outcome:
+    """Run a part with its output in DIR/PART.log; never raises for what the part does."""
+    start = time.monotonic()
+    junit = out / f"{part}.xml"
+    junit.unlink(missing_ok=True)
+    outcome = Outcome(part)
+    with (out / f"{part}.log").open("w") as log:
+        # A session of its own, so that what the part starts can be stopped with it.
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            outcome.status = child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            stop(child)
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+    outcome.seconds = time.monotonic() - start
+    counted = read_junit(junit, outcome)
+    if outcome.status is None:
+        read_log((out / f"{part}.log").read_text(errors="replace"), outcome, counted)
+    return outcome
+
+
+def stop(child: "subprocess.Popen[bytes]") -> None:
+    """Interrupt a part, upon which pytest still writes its report; kill what does not listen."""
+    os.killpg(child.pid, signal.SIGINT)
+    try:
+        child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def read_junit(file: Path, outcome: Outcome) -> bool:
+    """Add the counts and failures of a pytest report to an outcome; False without a whole one."""
+    try:
+        cases = list(ElementTree.parse(file).iter("testcase"))
+    except (FileNotFoundError, ElementTree.ParseError):
+        return False
+    for case in cases:
+        name = ".".join(filter(None, [case.get("classname"), case.get("name")]))
+        bad = [child for child in case if child.tag in ("failure", "error")]
+        if not name:
+            # The test that was interrupted; the log has its name.
+            continue
+        if not bad:
+            skipped = case.find("skipped") is not None
+            outcome.skipped += skipped
+            outcome.passed += not skipped
+        elif bad[0].get("message") == "collection failure":
+            _add_uncollected(outcome, name, _last_error(bad[0].text or ""))
+        else:
+            message = (bad[0].get("message") or bad[0].text or "").strip() or "no message"
+            outcome.failures.append(f"{name}: {message.splitlines()[0]}")
+    return True
+
+
+def _add_uncollected(outcome: Outcome, name: str, error: str) -> None:
+    package = re.search(r"No module named '(\w+)", error)
+    if package and package[1] != "vmae_fast":
+        outcome.missing.setdefault(package[1], []).append(name)
+    else:
+        outcome.not_collected.append(f"{name}: {error}")
+
+
+def read_log(log: str, outcome: Outcome, counted: bool) -> None:
+    """Add the test that was running when pytest was stopped, and counts where it left no report."""
+    # "tests/test_a.py::test_b PASSED [ 50%]"; the running one has no word yet.
+    lines = [line for line in log.splitlines() if re.match(r"\S+\.py::", line)]
+    done = [line for line in lines if line.endswith("%]")]
+    for line in lines[-1:] if lines[-1:] != done[-1:] else []:
+        outcome.failures.append(f"{line.strip()}: still running at the time limit")
+    if not counted:
+        outcome.passed = sum(" PASSED " in line for line in done)
+        outcome.skipped = sum(" SKIPPED " in line for line in done)
+        failed = [line for line in done if " FAILED " in line or " ERROR " in line]
+        outcome.failures += [f"{line.split()[0]}: see the log" for line in failed]
+
+
+def _last_error(text: str) -> str:
+    """The error's own line of a traceback as pytest writes it."""
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
+    return lines[-1] if lines else (text.strip().splitlines() or ["no message"])[-1]
+
+
+def figures(results: Path, since: float) -> list[str]:
+    """Every measured figure, with targets below it; ``since`` leaves out files of earlier runs."""
+    lines = []
+    for file in sorted(results.glob("*/*.json")):
+        if file.stat().st_mtime < since:
+            continue
+        kept = json.loads(file.read_text())
+        for row in kept.get("rows", []):
+            gb_per_s, tflop_per_s = report.rates(row)
+            lines.append(
+                f"{row['op']} {row['direction']}: {report.number(row['time_ms'])} ms "
+                f"({row['how']}), {gb_per_s} GB/s, {tflop_per_s} TFLOP/s; {report.against(row)}"
+            )
+            lines += [f"    {judgement.replace('**', '')}" for judgement in report.judgements(row)]
+        if "rows" not in kept:
+            scalars = [f"{k} {v}" for k, v in kept.items() if isinstance(v, int | float)]
+            lines.append(f"{file.stem}: {', '.join(scalars) or 'see the file'}")
+    return lines
+
+
+def summary(outcomes: list[Outcome], measured: list[str]) -> list[str]:
+    """The table, cut to what fits a screen; the logs have the rest."""
+    lines = [outcome.line() for outcome in outcomes]
+    for outcome in outcomes:
+        wrong = [f"FAILED {failure}" for failure in outcome.failures]
+        wrong += [f"BROKEN {file}" for file in outcome.not_collected]
+        wrong += [f"WITHOUT {name}: {', '.join(files)}" for name, files in outcome.missing.items()]
+        lines += _first(wrong, MOST_FAILURES // 2)
+    return [line[:MOST_WIDTH] for line in _first([*lines, *measured], MOST_LINES)]
+
+
+def _first(lines: list[str], most: int) -> list[str]:
+    if len(lines) <= most:
+        return lines
+    return [*lines[: most - 1], f"... and {len(lines) - most + 1} more, in the logs"]
+
+
+def find_environment(out: Path) -> dict[str, str | int]:
+    """Versions and device, kept as DIR/environment.json; empty where torch does not even load."""
+    script = str(Path(__file__).with_name("environment.py"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return {}
+    (out / "environment.json").write_text(done.stdout)
+    found: dict[str, str | int] = json.loads(done.stdout)
+    return found
+
+
+def main() -> int:
+    """Run the parts; the exit status."""
+    parser = argparse.ArgumentParser(description="Build, test and measure on a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--only", choices=PARTS, help="this part alone")
+    parser.add_argument("--no-build", action="store_true", help="test what is installed")
+    parser.add_argument("--budget-s", type=float, default=570, help="seconds for all parts")
+    options = parser.parse_args()
+    deadline, since = time.monotonic() + options.budget_s, time.time()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    found = find_environment(out)
+    if "compute_capability" not in found:
+        print("no GPU that torch can use: nothing to build, test or measure here")
+        return 2
+    print(json.dumps(found))
+    parts = (
+        [options.only]
+        if options.only
+        else [p for p in PARTS if p != "build" or not options.no_build]
+    )
+    outcomes = []
+    for part in parts:
+        left_s = deadline - time.monotonic() - GRACE_S
+        share = 1.0 if part == parts[-1] else SHARE[part]
+        print(f"{part}: at most {share * left_s:.0f} s, log in {out / part}.log", flush=True)
+        outcomes.append(run_part(part, command_of(part, out), out, max(share * left_s, 1)))
+    lines = summary(outcomes, figures(out / "results", since))
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""Token ops against plain PyTorch: times, bytes, percent of what the machine reaches, memory.
+
+On a GPU at the base model's sizes, on a CPU small, to see that everything runs. Directions:
+
+- forward: with gradients on, as in a training step, so what the backward pass needs is kept;
+- backward: that pass alone, torch.autograd.grad again and again after one forward pass;
+- forward and backward: both, anew each time;
+- evaluation: forward without gradients.
+
+Peers get video that is normalised and in the working precision already. Bytes are those that must
+move at least: each input read once as far as it is used, each result written once. A missed
+target is recorded, not asserted.
+"""
+
+import pytest
+import token_peers
+import torch
+from environment import device_name
+from targets import DEVICE as TARGET_DEVICE
+from targets import TARGETS
+from timing import ceilings, copy_of, num_sets, peak_memory_bytes, time_ways
+from token_batch import TUBELET, Batch, size_for
+
+from vmae_fast import ops
+from vmae_fast.kernels import tubelet_embed as embedding
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZE = size_for(DEVICE)
+# Clips, all, visible and masked tokens, widths, values a tubelet, and bytes a value.
+B, N, V = SIZE.clips, SIZE.masking.num_tokens, SIZE.masking.num_visible
+M, D, E = N - V, SIZE.width, SIZE.decoder_width
+P = 3 * TUBELET[0] * TUBELET[1] * TUBELET[2]
+W = SIZE.dtype.itemsize
+INDEX = 8
+
+
+def tubelet_embed(batch):
+    visible_idx = batch.mask.visible_idx
+    return ops.tubelet_embed(batch.video, batch.weight, batch.bias, batch.pos_embed, visible_idx)
+
+
+def in_one_kernel(batch):
+    before, embedding.forward_way = embedding.forward_way, "one_kernel"
+    try:
+        return tubelet_embed(batch)
+    finally:
+        embedding.forward_way = before
+
+
+def gather_tokens(batch):
+    return ops.gather_tokens(batch.tokens, batch.mask.visible_idx)
+
+
+def decoder_tokens(batch):
+    return ops.decoder_tokens(*decoder_parts(batch))
+
+
+def masked_mse(batch):
+    return ops.masked_mse(batch.pred, batch.video, batch.mask.target_idx, TUBELET)
+
+
+def linear_masked_mse(batch):
+    return ops.linear_masked_mse(*head_and_video(batch), batch.mask.target_idx, TUBELET)
+
+
+def on_pixels(peer):
+    """A peer of tubelet_embed, on normalised video."""
+    return lambda batch: peer(
+        batch.pixels, batch.weight, batch.bias, batch.pos_embed, batch.mask.visible_idx
+    )
+
+
+def decoder_parts(batch):
+    table = batch.decoder_pos_embed
+    idx = (batch.mask.visible_idx, batch.mask.decode_idx)
+    return batch.visible, batch.mask_token, table, *idx
+
+
+def head_and_video(batch):
+    return batch.decoded, batch.head_weight, batch.head_bias, batch.video
+
+
+def eager_loss(batch):
+    return token_peers.eager_loss(batch.pred, batch.pixels_fp32, batch.hidden, TUBELET)
+
+
+def head_then_loss(batch):
+    return token_peers.head_then_loss(*head_and_video(batch), batch.mask.target_idx, TUBELET)
+
+
+def forward(function, _):
+    return lambda batch: lambda: function(batch)
+
+
+def evaluation(function, _):
+    return lambda batch: torch.no_grad()(lambda: function(batch))
+
+
+def backward(function, leaves):
+    def prepare(batch):
+        out = function(batch)
+        wanted = [getattr(batch, leaf) for leaf in leaves]
+        upstream = torch.randn_like(out)
+        return lambda: torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+
+    return prepare
+
+
+def forward_and_backward(function, leaves):
+    def prepare(batch):
+        wanted = [getattr(batch, leaf) for leaf in leaves]
+        return lambda: torch.autograd.grad(function(batch), wanted)
+
+    return prepare
+
+
+def by_reference(way):
+    """The same with the ops' definitions in plain PyTorch, chosen anew in either pass."""
+
+    def prepare(batch):
+        with ops.backend("reference"):
+            call = way(batch)
+
+        def by_definition():
+            with ops.backend("reference"):
+                return call()
+
+        return by_definition
+
+    return prepare
+
+
+def measure(op, direction, peers, moved_bytes, flops=0, leaves=()):
+    """One row: ours, the peers, the op's definition and a copy of as many bytes, interleaved."""
+    ways = {name: direction(way, leaves) for name, way in {"ours": op, **peers}.items()}
+    ways["copy"] = copy_of(moved_bytes, DEVICE)
+    if DEVICE.type == "cuda":
+        ways["reference"] = by_reference(ways["ours"])
+    sets = [Batch(SIZE, seed) for seed in range(num_sets(moved_bytes, DEVICE))]
+    times = time_ways(ways, sets, DEVICE)
+    ours, copy = times.pop("ours"), times.pop("copy")
+    best = ceilings(DEVICE)
+    gb_per_s, tflop_per_s = moved_bytes / ours.time_ms / 1e6, flops / ours.time_ms / 1e9
+    row = {
+        "op": op.__name__,
+        "direction": direction.__name__.replace("_", " "),
+        **as_figures(ours),
+        "bytes": moved_bytes,
+        "gb_per_s": gb_per_s,
+        "percent_of_copy": 100 * gb_per_s / best["copy_gb_per_s"],
+        "copy_of_as_many_bytes_ms": copy.time_ms,
+        "peers": {name: as_figures(timing) for name, timing in times.items()},
+        "speedup": {name: timing.time_ms / ours.time_ms for name, timing in times.items()},
+    }
+    if flops:
+        row |= {"flops": flops, "tflop_per_s": tflop_per_s}
+    if flops and "matmul_tflop_per_s" in best:
+        row["percent_of_matmul"] = 100 * tflop_per_s / best["matmul_tflop_per_s"]
+    return row
+
+
+def as_figures(timing):
+    figures = {"time_ms": timing.time_ms, "how": timing.how}
+    return figures | ({"why": timing.why} if timing.why else {})
+
+
+def rounded(figures):
+    """Four digits of every float, at any depth."""
+    if isinstance(figures, dict):
+        return {key: rounded(value) for key, value in figures.items()}
+    return float(f"{figures:.4g}") if isinstance(figures, float) else figures
+
+
+@pytest.fixture
+def finish(benchmark, record):
+    """Judge the rows of an op by its targets, record them, and give pytest-benchmark its call."""
+
+    def judged(row):
+        on_target = TARGET_DEVICE in device_name()
+        targets = TARGETS.get((row["op"], row["direction"]), ()) if on_target else ()
+        return rounded(row | {"targets": [target.judge(row) for target in targets]})
+
+    def write(op, rows):
+        rows = [judged(row) for row in rows]
+        figures = {"what": SIZE.what, "ceilings": rounded(ceilings(DEVICE)), "rows": rows}
+        record(op.__name__, figures)
+        benchmark.extra_info.update(figures)
+        batch = Batch(SIZE, 0)
+
+        def call():
+            op(batch)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def quickest_convolutions():
+    """The peer's convolution by cuDNN's quickest algorithm, as trainers ask for."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    yield
+    torch.backends.cudnn.benchmark = before
+
+
+def test_tubelet_embed(finish):
+    peers = {
+        "conv3d": on_pixels(token_peers.conv3d_then_gather),
+        "unfold": on_pixels(token_peers.unfold_then_linear),
+    }
+    seen, learned, out = B * V * (P + INDEX), W * D * (P + 1), W * B * V * D
+    flops, leaves = 2 * B * V * P * D, ("weight", "bias")
+    # The other way that the kernels know: to be kept where it is the quicker one.
+    both_ways = peers | ({"one_kernel": in_one_kernel} if DEVICE.type == "cuda" else {})
+    rows = [
+        measure(tubelet_embed, forward, both_ways, seen + learned + W * N * D + out, flops),
+        measure(tubelet_embed, backward, peers, seen + learned + out, flops, leaves),
+    ]
+    finish(tubelet_embed, rows)
+
+
+def test_gather_tokens(finish):
+    peers = {
+        "gather": lambda batch: token_peers.torch_gather(batch.tokens, batch.mask.visible_idx),
+        "index": lambda batch: token_peers.indexed(batch.tokens, batch.mask.visible_idx),
+    }
+    taken, idx = W * B * V * D, INDEX * B * V
+    rows = [
+        measure(gather_tokens, forward, peers, 2 * taken + idx),
+        measure(gather_tokens, backward, peers, taken + idx + W * B * N * D, leaves=("tokens",)),
+    ]
+    finish(gather_tokens, rows)
+
+
+def test_decoder_tokens(finish):
+    peers = {"cat": lambda batch: token_peers.concatenated(*decoder_parts(batch))}
+    visible, masked, mask_token = W * B * V * E, W * B * M * E, W * E
+    inputs = visible + mask_token + W * N * E + INDEX * B * N
+    leaves = ("visible", "mask_token")
+    rows = [
+        measure(decoder_tokens, forward, peers, inputs + visible + masked),
+        # The gradient of visible is a part of the upstream one, as it lies.
+        measure(decoder_tokens, backward, peers, masked + mask_token, leaves=leaves),
+    ]
+    finish(decoder_tokens, rows)
+
+
+def test_masked_mse(finish):
+    peers = {"eager": eager_loss}
+    pred, video = W * B * M * P, B * M * (P + INDEX)
+    rows = [
+        measure(masked_mse, evaluation, peers, pred + video),
+        # The gradient, or what it is made of, is written once: in which pass is ours to choose.
+        measure(masked_mse, forward, peers, pred + video + pred),
+        measure(masked_mse, forward_and_backward, peers, pred + video + pred, leaves=("pred",)),
+    ]
+    finish(masked_mse, rows)
+
+
+def test_linear_masked_mse(finish):
+    peers = {"head_then_loss": head_then_loss}
+    leaves = ("decoded", "head_weight", "head_bias")
+    moved_bytes = B * M * (P + INDEX) + 2 * W * (B * M * E + P * E + P)
+    flops = 3 * 2 * B * M * E * P
+    row = measure(linear_masked_mse, forward_and_backward, peers, moved_bytes, flops, leaves)
+    batch = Batch(SIZE, 0)
+    peak_bytes = {
+        way.__name__: peak_memory_bytes(forward_and_backward(way, leaves)(batch), DEVICE)
+        for way in (linear_masked_mse, head_then_loss)
+    }
+    saved_bytes = peak_bytes["head_then_loss"] - peak_bytes["linear_masked_mse"]
+    row["peak_mib"] = {name: size / 2**20 for name, size in peak_bytes.items()}
+    row["predictions_saved"] = saved_bytes / (W * B * M * P)
+    finish(linear_masked_mse, [row])
