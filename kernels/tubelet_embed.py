@@ -40,6 +40,7 @@ from .tubelets import (
 
 # Rows of tubelets in and out of a video; see _ROWS in token_gather.py. Not yet measured.
 _MOVE = Row({"BLOCK_R": 8, "BLOCK_P": 256}, num_warps=4, num_stages=1)
+_FOLD = Row({"BLOCK_P": 1024}, num_warps=4, num_stages=1)
 _FINISH = Row({"BLOCK_R": 16, "BLOCK_D": 128}, num_warps=4, num_stages=1)
 
 _HALF = Row({"BLOCK_R": 128, "BLOCK_D": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
@@ -159,6 +160,34 @@ def _tubelet_value_offset(
     channel = (offs_p // (PT * PH * PW)).to(tl.int64)
     inside = pixel_offset(offs_p % (PT * PH * PW), stride_t, stride_h, stride_w, PH, PW)
     return channel * stride_c + inside
+
+
+@jit
+def _fold_kernel(
+    weight_ptr, channel_ptr, bias_ptr, folded_ptr, shift_ptr, num_values, num_pixels, num_channels,
+    HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Fold the normalisation into one row of the weight, and into what is added to its products.
+
+    Grid: rows. Writes all of folded and of shift.
+    """
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * num_values
+    total = tl.zeros([BLOCK_P], dtype=tl.float32)
+    for first in range(0, num_values, BLOCK_P):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < num_values
+        channel = offs_p // num_pixels
+        scale = tl.load(channel_ptr + channel, mask=mask_p, other=0.0)
+        offset = tl.load(channel_ptr + num_channels + channel, mask=mask_p, other=0.0)
+        weight = tl.load(weight_ptr + start + offs_p, mask=mask_p, other=0.0).to(tl.float32)
+        folded = (weight * scale).to(folded_ptr.dtype.element_ty)
+        tl.store(folded_ptr + start + offs_p, folded, mask=mask_p)
+        total += folded.to(tl.float32) * offset
+    shift = tl.sum(total, axis=0)
+    if HAS_BIAS:
+        shift += tl.load(bias_ptr + row).to(tl.float32)
+    tl.store(shift_ptr + row, shift)
 
 
 @jit
@@ -365,32 +394,39 @@ def tubelet_embed_backward_triton(
 
 def _fold(tubelets: Tubelets, weight_DCthw: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weight ``(D, P)`` for the values as they lie in memory, and what to add, (D,) fp32."""
-    weight_DCq = weight_DCthw.flatten(2)
+    weight_DP = weight_DCthw.flatten(1).contiguous()
+    bias_D = None if bias_D is None else bias_D.contiguous()
+    width, values = weight_DP.shape
     if tubelets.video.is_floating_point():
-        weight_DP = weight_DCq.flatten(1).to(tubelets.dtype).contiguous()
-        shift_D = weight_DP.new_zeros(weight_DP.shape[0], dtype=torch.float32)
-    else:
-        scale_C, offset_C = _centred(tubelets)
-        folded_DCq = (weight_DCq * scale_C[:, None]).to(tubelets.dtype)
-        weight_DP = folded_DCq.flatten(1)
-        shift_D = (folded_DCq.float().sum(2) * offset_C).sum(1)
-    return weight_DP, shift_D if bias_D is None else shift_D + bias_D
+        shift_D = weight_DP.new_zeros(width, dtype=torch.float32)
+        return weight_DP.to(tubelets.dtype), shift_D if bias_D is None else shift_D + bias_D
+    folded_DP = torch.empty_like(weight_DP, dtype=tubelets.dtype)
+    shift_D = weight_DP.new_empty(width, dtype=torch.float32)
+    channels = tubelets.video.shape[1]
+    _launch.launch(
+        _fold_kernel,
+        width,
+        weight_DP, _centred(tubelets), bias_D, folded_DP, shift_D,
+        values, values // channels, channels,
+        HAS_BIAS=bias_D is not None,
+        row=_FOLD,
+    )  # fmt: skip
+    return folded_DP, shift_D
 
 
 def _unfold_gradient(tubelets: Tubelets, grad_DP: Tensor, column_sum_D: Tensor) -> Tensor:
     """Gradient for the weight itself, from that for the folded weight of centred values."""
     scale_C, offset_C = _centred(tubelets)
     grad_DCq = grad_DP.unflatten(1, (scale_C.shape[0], -1))
-    grad_DCq = (grad_DCq + torch.outer(column_sum_D, offset_C).unsqueeze(2)) * scale_C[:, None]
-    return grad_DCq.flatten(1)
+    grad_DCq = grad_DCq.addcmul(column_sum_D[:, None, None], offset_C[:, None])
+    return grad_DCq.mul_(scale_C[:, None]).flatten(1)
 
 
-def _centred(tubelets: Tubelets) -> tuple[Tensor, Tensor]:
-    """Per channel: 1 / (255 std), and 128 - 255 mean, fp32."""
+def _centred(tubelets: Tubelets) -> Tensor:
+    """Per channel 1 / (255 std), and 128 - 255 mean: ``(2, C)`` fp32."""
     scale = tuple(1 / (255 * s) for s in tubelets.std)
     offset = tuple(128 - 255 * m for m in tubelets.mean)
-    scale_C, offset_C = _launch.channel_table((scale, offset), tubelets.video.device)
-    return scale_C, offset_C
+    return _launch.channel_table((scale, offset), tubelets.video.device)
 
 
 def _take(tubelets: Tubelets) -> Tensor:

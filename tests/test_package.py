@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "models": {"_files", "masking", "nn", "ops"},
     "train": {"_files", "configs", "data", "masking", "models"},
     "pictures": {"_files", "data", "masking", "models"},
-    "cli": {"", "_files", "configs", "data", "masking", "models", "pictures", "train"},
+    "cli": {"", "_files", "configs", "data", "masking", "models", "ops", "pictures", "train"},
     "": {"masking", "models"},
 }
 

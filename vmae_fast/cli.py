@@ -218,6 +218,7 @@ def _env(args: list[str]) -> int:
     import torch
 
     from vmae_fast import __version__
+    from vmae_fast.ops import backend_summary
 
     if args:
         print("usage: vmae-fast env", file=sys.stderr)
@@ -230,7 +231,7 @@ def _env(args: list[str]) -> int:
     rows += [(name, _version(name)) for name in ("triton", "einops", "numpy")]
     rows += _devices()
     rows += [
-        ("backends", "reference (plain PyTorch) for every op; no Triton or CUDA kernels yet"),
+        ("backends", backend_summary()),
         ("decoders", _decoder()),
     ]
     rows += [

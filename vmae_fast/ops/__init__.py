@@ -3,7 +3,7 @@
 Implementations live in :mod:`vmae_fast.kernels`; models and trainer never call those directly.
 """
 
-from ._backend import backend
+from ._backend import backend, backend_summary
 from ._checks import debug
 from .attention import attention, cross_attention
 from .linear import linear
@@ -15,6 +15,7 @@ from .tubelet_embed import tubelet_embed
 __all__ = [
     "attention",
     "backend",
+    "backend_summary",
     "cross_attention",
     "debug",
     "decoder_tokens",

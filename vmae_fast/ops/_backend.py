@@ -54,6 +54,25 @@ def backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
+def backend_summary() -> str:
+    """One line on what runs where, for people."""
+    if _chosen == "reference":
+        return "reference: plain PyTorch for every op, as VMAE_FAST_BACKEND demands"
+    if _launch.triton is None:
+        return "reference: plain PyTorch for every op; triton is not installed"
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    served = [str(gpu) for gpu in gpus if _launch.available(gpu)]
+    if not served:
+        return (
+            "reference: plain PyTorch for every op; the Triton kernels need a GPU of compute "
+            "capability 8.0 or later"
+        )
+    return (
+        f"triton for token and loss ops on {', '.join(served)}; PyTorch's own attention and "
+        "matrix products; no CUDA C++ extension"
+    )
+
+
 def use_triton(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> bool:
     """Whether Triton kernels are to run on these tensors.
 
