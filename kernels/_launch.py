@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -86,9 +87,11 @@ def launch(kernel: Any, programs: int, *args: Any, row: Row, **constants: Any) -
     """Run ``kernel`` in so many programs along x, the one grid axis that cannot overflow."""
     if programs == 0:
         return
-    kernel[(programs,)](
-        *args, **row.blocks, **constants, num_warps=row.num_warps, num_stages=row.num_stages
-    )
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*args, **row.blocks, **constants, **options)
 
 
 @lru_cache
