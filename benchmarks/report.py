@@ -27,8 +27,15 @@ includes launches and waiting, since the peer cannot be captured in a CUDA graph
 """
 NOTHING = "-"
 TOKEN_HEAD = [
-    *("op", "direction", "ms", "copy, ms", "GB/s", "TFLOP/s"),
-    *("peers", "peak MiB", "targets"),
+    "op",
+    "direction",
+    "ms",
+    "copy, ms",
+    "GB/s",
+    "TFLOP/s",
+    "peers",
+    "peak MiB",
+    "targets",
 ]
 
 
@@ -86,18 +93,7 @@ def _token_tables(files: list[Figures]) -> list[str]:
     parts = []
     for origin, group in groupby(sorted(files, key=_origin), key=_origin):
         rows = [row for figures in group for row in figures["rows"]]
-        head = [
-            "op",
-            "direction",
-            "ms",
-            "copy, ms",
-            "GB/s",
-            "TFLOP/s",
-            "peers",
-            "peak MiB",
-            "targets",
-        ]
-        parts += [f"{origin}\n", table(head, [_token_line(row) for row in rows])]
+        parts += [f"{origin}\n", table(TOKEN_HEAD, [_token_line(row) for row in rows])]
     return parts
 
 
