@@ -221,7 +221,18 @@ def test_tests_do_not_shadow_kernels():
 # ---- what is shipped and said -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("thing", [vmae_fast, vmae_fast.VideoMAE], ids=["package", "VideoMAE"])
+WITH_EXAMPLES = [
+    vmae_fast,
+    vmae_fast.VideoMAE,
+    vmae_fast.nn.TubeletEmbed,
+    vmae_fast.nn.GatherVisible,
+    vmae_fast.nn.MaskedMSELoss,
+    vmae_fast.ops.backend,
+    vmae_fast.ops.debug,
+]
+
+
+@pytest.mark.parametrize("thing", WITH_EXAMPLES, ids=lambda thing: thing.__name__)
 def test_docstring_examples(thing):
     name = thing.__name__
     (test,) = (t for t in doctest.DocTestFinder(recurse=False).find(thing, name) if t.name == name)
@@ -240,12 +251,13 @@ def test_pydoc_says_the_shapes(tmp_path):
 
 
 def test_everything_public_has_a_docstring():
-    for name in vmae_fast.__all__:
-        thing = getattr(vmae_fast, name)
-        if callable(thing):
-            assert thing.__doc__, name
-            # dataclass writes "Name(field, ...)" where nobody wrote anything.
-            assert not thing.__doc__.startswith(f"{name}("), name
+    for module in (vmae_fast, vmae_fast.nn, vmae_fast.ops):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                assert thing.__doc__, name
+                # dataclass writes "Name(field, ...)" where nobody wrote anything.
+                assert not thing.__doc__.startswith(f"{name}("), name
 
 
 def test_types_are_announced():

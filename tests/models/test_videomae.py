@@ -120,6 +120,7 @@ V2_CASES = {
 @pytest.mark.parametrize("boolean", [False, True], ids=["drawn", "passed"])
 @pytest.mark.parametrize("settings", V2_CASES.values(), ids=V2_CASES)
 def test_loss_and_gradients_are_the_published_ones(settings, boolean):
+    """Both with predictions, and as training takes them: head and loss together in chunks."""
     model = small_model(**settings).double()
     video = small_video(model)
     n = model.config.num_tokens
@@ -143,10 +144,13 @@ def test_loss_and_gradients_are_the_published_ones(settings, boolean):
     assert relative_error(got.pred, theirs) < EXACT_RTOL
 
     names, parameters = zip(*model.named_parameters(), strict=True)
-    mine = torch.autograd.grad(got.loss, parameters)
     truth = torch.autograd.grad(expected, parameters)
-    for name, gradient, true_gradient in zip(names, mine, truth, strict=True):
-        assert relative_error(gradient, true_gradient) < 10 * EXACT_RTOL, name
+    in_training = model(video, got.mask).loss
+    assert relative_error(in_training, expected) < EXACT_RTOL
+    for loss in (got.loss, in_training):
+        mine = torch.autograd.grad(loss, parameters)
+        for name, gradient, true_gradient in zip(names, mine, truth, strict=True):
+            assert relative_error(gradient, true_gradient) < 10 * EXACT_RTOL, name
 
 
 def test_zero_prediction_is_the_loss_of_zeros():

@@ -8,7 +8,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import EXACT_RTOL, make_video, random_positions, randomise, relative_error
 
-from vmae_fast.nn import MLP, Attention, Block, DropPath, MaskedMSELoss, TubeletEmbed
+from vmae_fast.nn import (
+    MLP,
+    Attention,
+    Block,
+    DropPath,
+    GatherVisible,
+    MaskedMSELoss,
+    TubeletEmbed,
+)
 
 
 def normal(*shape, seed=0):
@@ -47,6 +55,13 @@ def test_tubelet_embed_starts_as_a_conv3d():
     embed = TubeletEmbed(3, 7, (2, 4, 4))
     for name, tensor in conv.state_dict().items():
         assert torch.equal(embed.state_dict()[name], tensor)
+
+
+def test_gather_visible_is_boolean_indexing():
+    x, idx = normal(3, 11, 7), random_positions(3, 11, 4).sort(dim=1).values
+    visible = torch.zeros(3, 11, dtype=torch.bool).scatter_(1, idx, True)
+    assert torch.equal(GatherVisible()(x, idx), x[visible].view(3, 4, 7))
+    assert not GatherVisible().state_dict()
 
 
 # ---- attention ----------------------------------------------------------------------------
@@ -265,3 +280,29 @@ def test_masked_mse_loss(norm_pix, reduction):
     normalised = (video.double() / 255 - mean) / std
     assert relative_error(loss(pred, normalised, idx, scored), expected) < EXACT_RTOL
     assert not list(loss.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_masked_mse_loss_of_features(bias):
+    video, idx = make_video((2, 3, 4, 6, 8), torch.uint8), random_positions(2, 8, 5)
+    head = nn.Linear(9, 72, bias=bias).double()
+    scored = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 1, 1]], dtype=torch.float64)
+    loss = MaskedMSELoss((2, 3, 4), norm_pix=False)
+    gradients = []
+    for of_features in (True, False):
+        features = normal(2, 5, 9).requires_grad_()
+        if of_features:
+            value = loss.of_features(features, head, video, idx, scored)
+        else:
+            value = loss(head(features), video, idx, scored)
+        leaves = (features, *head.parameters())
+        gradients.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    for got, expected in zip(*gradients, strict=True):
+        assert relative_error(got, expected) < EXACT_RTOL
+
+
+def test_masked_mse_loss_of_features_gives_no_single_tokens():
+    loss = MaskedMSELoss((2, 3, 4), reduction="none")
+    video, idx = make_video((2, 3, 4, 6, 8), torch.uint8), random_positions(2, 8, 5)
+    with pytest.raises(ValueError, match="reduction='none'"):
+        loss.of_features(torch.randn(2, 5, 9), nn.Linear(9, 72), video, idx)
