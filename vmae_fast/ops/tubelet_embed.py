@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,97 +95,57 @@ def tubelet_embed(
     )
 
 
-def _tubelets(
-    video: Tensor,
-    weight: Tensor,
-    visible_idx: Tensor | None,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-) -> Tubelets:
+# What the ops below take in `settings`: visible_idx, mean, std and the dtype of products.
+
+
+def _tubelets(video: Tensor, weight: Tensor, *settings: Any) -> Tubelets:
+    visible_idx, mean, std, dtype = settings
     pt, ph, pw = weight.shape[2:]
     return Tubelets(video, visible_idx, (pt, ph, pw), tuple(mean), tuple(std), dtype)
 
 
 def _forward(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    visible_idx: Tensor | None,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
+    video: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, *settings: Any
 ) -> Tensor:
-    tubelets = _tubelets(video, weight, visible_idx, mean, std, dtype)
-    if use_triton(video, weight, pos_embed, dtype=dtype):
+    tubelets = _tubelets(video, weight, *settings)
+    if use_triton(video, weight, pos_embed, dtype=tubelets.dtype):
         return kernels.tubelet_embed_triton(tubelets, weight, bias, pos_embed)
     return kernels.tubelet_embed_reference(tubelets, weight, bias, pos_embed)
 
 
 def _forward_fake(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos_embed: Tensor | None,
-    visible_idx: Tensor | None,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
+    video: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, *settings: Any
 ) -> Tensor:
-    count = _tubelets(video, weight, visible_idx, mean, std, dtype).per_clip
+    tubelets = _tubelets(video, weight, *settings)
+    dtype = tubelets.dtype
     dtype = dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
-    return weight.new_empty(video.shape[0], count, weight.shape[0], dtype=dtype)
+    return weight.new_empty(video.shape[0], tubelets.per_clip, weight.shape[0], dtype=dtype)
 
 
 def _forward_flops(
     video: Any, weight: Any, bias: Any, pos_embed: Any, visible_idx: Any, *rest: Any, **more: Any
 ) -> int:
-    tokens = 1
-    for size, step in zip(video[2:], weight[2:], strict=True):
-        tokens *= size // step
-    tokens = tokens if visible_idx is None else visible_idx[1]
-    return 2 * video[0] * tokens * _size(weight)
+    grid = [size // step for size, step in zip(video[2:], weight[2:], strict=True)]
+    tokens = math.prod(grid) if visible_idx is None else visible_idx[1]
+    return 2 * video[0] * tokens * math.prod(weight)
 
 
-def _size(shape: Any) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _backward(
-    grad: Tensor,
-    video: Tensor,
-    weight: Tensor,
-    visible_idx: Tensor | None,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor]:
-    tubelets = _tubelets(video, weight, visible_idx, mean, std, dtype)
-    if use_triton(video, weight, grad, dtype=dtype):
+def _backward(grad: Tensor, video: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    *settings, needs = rest
+    tubelets = _tubelets(video, weight, *settings)
+    if use_triton(video, weight, grad, dtype=tubelets.dtype):
         grads = kernels.tubelet_embed_backward_triton(tubelets, weight, grad, *needs)
     else:
         grads = kernels.tubelet_embed_backward_reference(tubelets, weight, grad, *needs)
     return [found for found in grads if found is not None]
 
 
-def _backward_fake(
-    grad: Tensor,
-    video: Tensor,
-    weight: Tensor,
-    visible_idx: Tensor | None,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor]:
-    t, h, w = _tubelets(video, weight, visible_idx, mean, std, dtype).grid
-    product = torch.promote_types(dtype, torch.float32)
+def _backward_fake(grad: Tensor, video: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    *settings, needs = rest
+    tubelets = _tubelets(video, weight, *settings)
+    product = torch.promote_types(tubelets.dtype, torch.float32)
     added = torch.promote_types(grad.dtype, torch.float32)
+    t, h, w = tubelets.grid
     width = weight.shape[0]
     every = [
         weight.new_empty(weight.shape, dtype=product),
@@ -195,11 +156,9 @@ def _backward_fake(
     return [made for made, needed in zip(every, needs, strict=True) if needed]
 
 
-def _backward_flops(
-    grad: Any, video: Any, weight: Any, visible_idx: Any, *rest: Any, **more: Any
-) -> int:
-    needs = rest[-1]
-    return (needs[0] + needs[3]) * 2 * grad[0] * grad[1] * _size(weight)
+def _backward_flops(grad: Any, video: Any, weight: Any, *rest: Any, **more: Any) -> int:
+    need_weight, _, _, need_video = rest[-1]
+    return (need_weight + need_video) * 2 * grad[0] * grad[1] * math.prod(weight)
 
 
 _tubelet_embed = register(
