@@ -18,33 +18,63 @@ from vmae_fast import Mask, Masking, VideoMAE
 CLIPS = 2
 
 
-def step_of(contender: str, precision: str) -> Callable[[], None]:
-    """Forward and backward of the base model on two clips, V1 masks; gradients are dropped.
+# Hugging Face's class, by how it computes attention and whether it is compiled.
+PEERS = {
+    "huggingface_eager": ("eager", False),
+    "huggingface": ("sdpa", False),
+    "huggingface_compiled": ("sdpa", True),
+}
 
-    Both read the same normalised float video, the only kind Hugging Face's takes.
+
+def step_of(
+    contender: str, precision: str, *, device: str = "cpu", clips: int = CLIPS, **size: int
+) -> Callable[[], None]:
+    """Forward and backward of the base model on some clips, V1 masks; gradients are dropped.
+
+    All read the same normalised float video, the only kind Hugging Face's takes.
+
+    Args:
+        contender: "ours" or one of PEERS.
+        precision: "fp32", or "bf16" for autocast.
+        device: where.
+        clips: how many.
+        size: ``depth`` and ``decoder_depth`` where they are not base's.
     """
     torch.manual_seed(0)
-    video = torch.randn(CLIPS, 3, 16, 224, 224)
-    mask = Masking((8, 14, 14))(torch.arange(CLIPS))
+    video = torch.randn(clips, 3, 16, 224, 224, device=device)
+    mask = Masking((8, 14, 14))(torch.arange(clips, device=device))
     if contender == "ours":
-        model: torch.nn.Module = VideoMAE("base")
+        model: torch.nn.Module = VideoMAE("base", **size).to(device)
         inputs: dict[str, torch.Tensor | Mask] = {"video": video, "mask": mask}
     else:
-        import transformers
-
-        config = transformers.VideoMAEConfig(use_mean_pooling=False, attn_implementation="sdpa")
-        model = transformers.VideoMAEForPreTraining(config)
+        model = _huggingface(*PEERS[contender], **size).to(device)
         pixels = video.transpose(1, 2).contiguous()
         inputs = {"pixel_values": pixels, "bool_masked_pos": mask.to_bool()}
         del video, mask
+    kind = torch.device(device).type
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(**inputs).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
 
     return step
+
+
+def _huggingface(attention: str, compiled: bool, **size: int) -> torch.nn.Module:
+    import transformers
+
+    names = {"depth": "num_hidden_layers", "decoder_depth": "decoder_num_hidden_layers"}
+    config = transformers.VideoMAEConfig(
+        use_mean_pooling=False,
+        attn_implementation=attention,
+        **{names[name]: value for name, value in size.items()},
+    )
+    model = transformers.VideoMAEForPreTraining(config)
+    if compiled:
+        model.compile()
+    return model
 
 
 def peak_memory_mib(contender: str, precision: str) -> dict[str, float]:
