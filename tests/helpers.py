@@ -1,8 +1,14 @@
 """Shared by the tests: Hugging Face models, videos, one table of tolerances."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-import transformers
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import transformers
 
 # Relative error of loss and gradients against Hugging Face's classes. In fp64 the bound is
 # what their float32 mean, std and position constants allow.
@@ -18,6 +24,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def hf_config(**settings) -> transformers.VideoMAEConfig:
     """A small configuration with every dimension different."""
+    # Here, so that what needs no Hugging Face model can be tested without the package.
+    import transformers
+
     values = {
         "image_size": 32,
         "patch_size": 8,
@@ -96,3 +105,26 @@ def random_positions(batch: int, num_tokens: int, count: int, seed: int = 0) -> 
     """``(B, count)`` int64 distinct positions of each clip, in no order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, num_tokens, generator=generator).argsort(dim=1)[:, :count]
+
+
+def loss_and_gradients(
+    model: torch.nn.Module,
+    video: Tensor,
+    mask: object,
+    autocast: torch.dtype | None = None,
+    **options: bool,
+) -> dict[str, Tensor]:
+    """The loss of a VideoMAE's step, as "loss", and every parameter's gradient by its name."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(video.device.type, autocast, enabled=autocast is not None):
+        loss = model(video, mask, **options).loss
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **found}
+
+
+def joined(tensors: dict[str, Tensor]) -> Tensor:
+    """All gradients of :func:`loss_and_gradients` in one fp64 vector, without the loss."""
+    parts = [tensor.double().flatten() for name, tensor in tensors.items() if name != "loss"]
+    return torch.cat(parts)

@@ -1,0 +1,263 @@
+"""Everything in this folder needs a GPU: marked so, and skipped with a reason where there is none.
+
+Also: ops on fixed inputs, of sizes that matter.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# What torch.use_deterministic_algorithms asks of cuBLAS; read when its first handle is made.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from torch import Tensor
+
+from vmae_fast import ops
+
+FOLDER = Path(__file__).parent
+LEAST_CAPABILITY = (8, 0)
+
+
+def why_not() -> str | None:
+    """Why nothing here can run; None where it can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device that torch can use"
+    if torch.version.hip is not None:
+        return "needs a CUDA build of torch"
+    found = torch.cuda.get_device_capability()
+    if found < LEAST_CAPABILITY:
+        return f"needs compute capability {LEAST_CAPABILITY}, this GPU has {found}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "kernels would be interpreted: TRITON_INTERPRET=1"
+    return None
+
+
+# First, so that -m sees the marker.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    here = [item for item in items if FOLDER in item.path.parents]
+    reason = why_not() if here else None
+    for item in here:
+        item.add_marker(pytest.mark.gpu)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def fp32_products():
+    """Products of fp32 tensors in fp32, whatever ran before; memory handed back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def need_gib(device):
+    """Call with how much GPU memory the test takes: skips where there is less."""
+
+    def need(gib: float) -> None:
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        if free < gib:
+            pytest.skip(f"needs {gib:g} GiB of GPU memory, {free:.1f} GiB are free")
+
+    return need
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a model and its batch."""
+
+    batch: int
+    channels: int
+    tubelet: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    width: int
+    decoder_width: int
+    num_visible: int
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def video(self) -> tuple[int, ...]:
+        """Shape of the video."""
+        sides = (n * p for n, p in zip(self.grid, self.tubelet, strict=True))
+        return (self.batch, self.channels, *sides)
+
+    @property
+    def values(self) -> int:
+        """P."""
+        return self.channels * self.tubelet[0] * self.tubelet[1] * self.tubelet[2]
+
+
+GEOMETRIES = {
+    "base": Geometry(8, 3, (2, 16, 16), (8, 14, 14), 768, 384, 160),
+    # Nothing a multiple of a block.
+    "odd": Geometry(3, 2, (3, 5, 7), (2, 3, 5), 37, 21, 7),
+}
+
+
+class Draw:
+    """Random tensors on a device, the same every time."""
+
+    def __init__(self, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> None:
+        self.geometry, self.dtype, self.device = geometry, dtype, device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Noise in the dtype of the case."""
+        drawn = torch.randn(shape, generator=self.generator).mul_(scale)
+        return drawn.to(self.device, self.dtype)
+
+    def pixels(self) -> Tensor:
+        """A uint8 video."""
+        shape = self.geometry.video
+        drawn = torch.randint(0, 256, shape, generator=self.generator, dtype=torch.uint8)
+        return drawn.to(self.device)
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Visible and masked positions of each clip, in no order."""
+        shape = (self.geometry.batch, self.geometry.num_tokens)
+        order = torch.rand(shape, generator=self.generator).argsort(dim=1).to(self.device)
+        return order[:, : self.geometry.num_visible], order[:, self.geometry.num_visible :]
+
+    def scored(self) -> Tensor:
+        """Weights of the masked tokens, 0 or 1."""
+        g = self.geometry
+        shape = (g.batch, g.num_tokens - g.num_visible)
+        return (torch.rand(shape, generator=self.generator) < 0.7).float().to(self.device)
+
+
+class OpCase:
+    """An op on fixed inputs.
+
+    Args:
+        function: of those inputs that want gradients.
+        inputs: they.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+        self.function, self.inputs = function, inputs
+
+    def __call__(self, function: Callable[..., Tensor] | None = None) -> list[Tensor]:
+        """Output and gradients, of a random upstream gradient that is the same at every call."""
+        inputs = [tensor.detach().requires_grad_() for tensor in self.inputs]
+        out = (function or self.function)(*inputs)
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(out.shape, generator=generator).to(out)
+        return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def _gather_tokens(g: Geometry, draw: Draw) -> OpCase:
+    visible, _ = draw.positions()
+    tokens = draw.normal(g.batch, g.num_tokens, g.width)
+    return OpCase(lambda x: ops.gather_tokens(x, visible), [tokens])
+
+
+def _decoder_tokens(g: Geometry, draw: Draw) -> OpCase:
+    visible, masked = draw.positions()
+    width = g.decoder_width
+    shapes = ((g.batch, g.num_visible, width), (width,), (g.num_tokens, width))
+    return OpCase(
+        lambda x, mask_token, pos: ops.decoder_tokens(x, mask_token, pos, visible, masked),
+        [draw.normal(*shape) for shape in shapes],
+    )
+
+
+def _embedding(g: Geometry, draw: Draw) -> list[Tensor]:
+    weight = draw.normal(g.width, g.channels, *g.tubelet, scale=g.values**-0.5)
+    return [weight, draw.normal(g.width), draw.normal(g.num_tokens, g.width)]
+
+
+def _tubelet_embed_uint8(g: Geometry, draw: Draw) -> OpCase:
+    visible, _ = draw.positions()
+    video, parameters = draw.pixels(), _embedding(g, draw)
+    kinds = _statistics(g)
+    return OpCase(
+        lambda weight, bias, pos: ops.tubelet_embed(video, weight, bias, pos, visible, **kinds),
+        parameters,
+    )
+
+
+def _tubelet_embed_float(g: Geometry, draw: Draw) -> OpCase:
+    visible, _ = draw.positions()
+    video, parameters = draw.normal(*g.video), _embedding(g, draw)
+    return OpCase(
+        lambda video, *given: ops.tubelet_embed(video, *given, visible), [video, *parameters]
+    )
+
+
+def _masked_mse(g: Geometry, draw: Draw) -> OpCase:
+    _, masked = draw.positions()
+    video, pred = draw.pixels(), draw.normal(*masked.shape, g.values)
+    kinds = _statistics(g)
+    return OpCase(
+        lambda pred: ops.masked_mse(pred, video, masked, g.tubelet, reduction="none", **kinds),
+        [pred],
+    )
+
+
+def _linear_masked_mse(g: Geometry, draw: Draw) -> OpCase:
+    _, masked = draw.positions()
+    video, scored, kinds = draw.pixels(), draw.scored(), _statistics(g)
+    features = draw.normal(*masked.shape, g.decoder_width)
+    weight = draw.normal(g.values, g.decoder_width, scale=g.decoder_width**-0.5)
+    return OpCase(
+        lambda x, weight, bias: ops.linear_masked_mse(
+            x, weight, bias, video, masked, g.tubelet, scored=scored, **kinds
+        ),
+        [features, weight, draw.normal(g.values)],
+    )
+
+
+def _statistics(g: Geometry) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation for any number of channels."""
+    return {
+        "mean": tuple(0.4 + 0.05 * c for c in range(g.channels)),
+        "std": tuple(0.2 + 0.02 * c for c in range(g.channels)),
+    }
+
+
+CASES = {
+    "gather_tokens": _gather_tokens,
+    "decoder_tokens": _decoder_tokens,
+    "tubelet_embed_uint8": _tubelet_embed_uint8,
+    "tubelet_embed_float": _tubelet_embed_float,
+    "masked_mse": _masked_mse,
+    "linear_masked_mse": _linear_masked_mse,
+}
+
+
+@pytest.fixture(params=CASES)
+def make_case(request, device):
+    """Call with the name of a geometry and a dtype: each op in turn, as an OpCase."""
+
+    def make(geometry: str, dtype: torch.dtype) -> OpCase:
+        g = GEOMETRIES[geometry]
+        return CASES[request.param](g, Draw(g, dtype, device))
+
+    return make
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before, and nothing left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

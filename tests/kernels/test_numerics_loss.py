@@ -1,0 +1,326 @@
+"""Kernels of the two losses against the published target, written out in fp64."""
+
+import os
+
+import pytest
+import torch
+from helpers import EAGER_FACTOR, make_video, random_positions, relative_error
+
+from vmae_fast.kernels import linear_masked_mse as kernel
+from vmae_fast.ops import linear_masked_mse, masked_mse, zero_prediction_mse
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "needs a GPU, or Triton's interpreter, in which test_interpreter.py runs this file",
+        allow_module_level=True,
+    )
+pytestmark = [pytest.mark.usefixtures("kernels")]
+if torch.cuda.is_available():
+    pytestmark.append(pytest.mark.gpu)
+
+# Losses come in fp32 whatever the predictions' dtype; so do gradients for fp32 predictions.
+FP32_RTOL = 1e-5
+
+# A program holds 1024 values of a channel or one token, and scales 4 tokens of 512 values.
+CASES = {  # batch, channels, tubelet, grid, tokens
+    "two_pixels": (1, 1, (1, 1, 2), (1, 1, 1), 1),
+    "odd": (2, 2, (3, 3, 5), (1, 2, 3), 5),
+    "one_channel": (2, 1, (1, 8, 8), (2, 3, 3), 17),
+    "videomae": (2, 3, (2, 16, 16), (2, 2, 1), 3),
+    "patch_14": (1, 4, (2, 14, 14), (1, 2, 2), 3),
+    "patch_32": (1, 1, (4, 32, 32), (1, 1, 2), 2),
+    "largest": (1, 1, (4, 64, 64), (1, 1, 1), 1),
+    "seven_channels": (3, 7, (4, 3, 5), (1, 3, 2), 4),
+    "one_more_token": (1, 3, (1, 2, 4), (1, 13, 10), 65),
+    "three_clips": (3, 2, (1, 2, 3), (1, 3, 2), 4),
+    "no_tokens": (2, 3, (2, 4, 4), (2, 2, 2), 0),
+    "no_clips": (0, 3, (2, 4, 4), (2, 2, 2), 5),
+}
+
+
+class Inputs:
+    """What one case is given; ``keywords`` for the ops."""
+
+    def __init__(self, case, kind, device, layout="decoder", form="int32_slice", norm_pix=True):
+        batch, channels, tubelet, grid, count = CASES[case]
+        shape = (batch, channels, *(n * p for n, p in zip(grid, tubelet, strict=True)))
+        video_dtype = torch.uint8 if kind == "uint8" else kind
+        if layout == "expanded":
+            self.video = make_video((1, *shape[1:]), video_dtype).to(device).expand(shape)
+        else:
+            self.video = make_video(shape, video_dtype, layout).to(device)
+        self.idx = random_positions(batch, grid[0] * grid[1] * grid[2], count).to(device)
+        if form == "int32_slice":
+            wide = torch.full((batch, 3 + 2 * count), 10**6, dtype=torch.int32, device=device)
+            wide[:, 3::2] = self.idx
+            self.idx = wide[:, 3::2]
+        self.tubelet, self.values = tubelet, channels * tubelet[0] * tubelet[1] * tubelet[2]
+        self.keywords = {
+            "norm_pix": norm_pix,
+            "mean": tuple(0.3 + 0.1 * c for c in range(channels)),
+            "std": tuple(0.2 + 0.05 * c for c in range(channels)),
+        }
+
+    def random(self, *shape, dtype=torch.float64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(self.video.device, dtype)
+
+    def scored(self):
+        """Weights that are not all alike, none of them for some tokens."""
+        weights = torch.arange(self.idx.numel(), device=self.video.device) % 4
+        return weights.view(self.idx.shape).float()
+
+    def target(self, dtype=torch.float64):
+        """Cut out token by token: (pt ph pw c), normalised channel by channel."""
+        if self.video.dtype == torch.uint8:
+            pixels = self.video.to(dtype) / 255
+        else:
+            mean, std = (
+                torch.tensor(self.keywords[name], dtype=dtype, device=self.video.device)
+                for name in ("mean", "std")
+            )
+            column = (1, -1, 1, 1, 1)
+            pixels = self.video.to(dtype) * std.view(column) + mean.view(column)
+        pt, ph, pw = self.tubelet
+        h, w = self.video.shape[3] // ph, self.video.shape[4] // pw
+        clips = []
+        for clip, positions in zip(pixels, self.idx.tolist(), strict=True):
+            for n in positions:
+                frame, top, left = n // (h * w) * pt, n // w % h * ph, n % w * pw
+                block = clip[:, frame : frame + pt, top : top + ph, left : left + pw].flatten(1)
+                if self.keywords["norm_pix"]:
+                    std = block.var(dim=1, correction=1, keepdim=True).sqrt()
+                    block = (block - block.mean(dim=1, keepdim=True)) / (std + 1e-6)
+                clips.append(block.t().flatten())
+        return torch.stack(clips).view(*self.idx.shape, -1)
+
+
+def assert_accurate(got, eager, truth):
+    """As close to the fp64 truth as fp32 allows, or in less as eager PyTorch comes, twice."""
+    for place, (mine, theirs, true) in enumerate(zip(got, eager, truth, strict=True)):
+        assert mine.shape == true.shape
+        assert mine.dtype == theirs.dtype
+        bound = FP32_RTOL
+        if mine.dtype != torch.float32:
+            bound = EAGER_FACTOR * relative_error(theirs, true) + 1e-15
+        assert relative_error(mine, true) <= bound, f"number {place} of loss and gradients"
+
+
+def check_masked_mse(inputs, dtype, scored=None, reduction="mean", layout="contiguous"):
+    batch, count = inputs.idx.shape
+    stored = inputs.random(batch, count, inputs.values, dtype=dtype)
+    if layout == "transposed":
+        stored = inputs.random(batch, inputs.values, count, dtype=dtype)
+    stored.requires_grad_()
+    pred = stored if layout == "contiguous" else stored.transpose(1, 2)
+    loss = masked_mse(
+        pred, inputs.video, inputs.idx, inputs.tubelet,
+        scored=scored, reduction=reduction, **inputs.keywords,
+    )  # fmt: skip
+    assert loss.dtype == torch.float32
+    # Large, so that gradients in half precision are not made of subnormals.
+    size = float(
+        inputs.values if reduction == "none" else max(inputs.values * inputs.idx.numel(), 1)
+    )
+    upstream = size * inputs.random(*loss.shape, dtype=torch.float32, seed=1)
+    (mine,) = torch.autograd.grad(loss, stored, upstream)
+    if inputs.idx.numel() == 0:
+        assert mine.shape == stored.shape
+        return
+
+    def run(kind):
+        own = stored.detach().to(kind).requires_grad_()
+        values = own if layout == "contiguous" else own.transpose(1, 2)
+        wide = torch.promote_types(kind, torch.float32)
+        out = (values.to(wide) - inputs.target(wide)).square().mean(dim=2)
+        if reduction == "mean":
+            weight = torch.ones_like(out) if scored is None else scored.to(wide)
+            out = (out * weight).sum() / weight.sum()
+        return out, *torch.autograd.grad(out, own, upstream.to(out.dtype))
+
+    assert_accurate((loss, mine), run(dtype), run(torch.float64))
+
+
+@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm", "raw"])
+@pytest.mark.parametrize("kind", ["uint8", torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_masked_mse(case, kind, norm_pix, dtype, device):
+    inputs = Inputs(case, kind, device, norm_pix=norm_pix)
+    check_masked_mse(inputs, dtype, reduction="none")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "cropped", "expanded"])
+@pytest.mark.parametrize("kind", ["uint8", torch.float32, torch.float16], ids=str)
+def test_layouts(layout, kind, dtype, device):
+    inputs = Inputs("odd", kind, device, layout, form="int64")
+    check_masked_mse(inputs, dtype, layout="transposed" if layout == "cropped" else "contiguous")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scored(reduction, dtype, device):
+    inputs = Inputs("seven_channels", "uint8", device)
+    check_masked_mse(inputs, dtype, scored=inputs.scored(), reduction=reduction)
+
+
+def test_more_pixels_than_a_program_holds(device):
+    """More than 16384 values of a channel are left to plain PyTorch."""
+    inputs = Inputs("odd", "uint8", device)
+    inputs.video = make_video((1, 1, 2, 128, 256), torch.uint8).to(device)
+    inputs.idx, inputs.tubelet = torch.tensor([[1]], device=device), (2, 128, 128)
+    inputs.values = 2 * 128 * 128
+    inputs.keywords |= {"mean": (0.4,), "std": (0.3,)}
+    check_masked_mse(inputs, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["uint8", torch.float32], ids=str)
+@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm", "raw"])
+@pytest.mark.parametrize("case", ["odd", "videomae", "no_tokens"])
+def test_zero_prediction_mse(case, norm_pix, kind, device):
+    inputs = Inputs(case, kind, device, norm_pix=norm_pix)
+    arguments = (inputs.video, inputs.idx, inputs.tubelet)
+    if case == "no_tokens":
+        assert zero_prediction_mse(*arguments, **inputs.keywords).isnan()
+        return
+    per_token = inputs.target().square().mean(dim=2)
+    got = zero_prediction_mse(*arguments, **inputs.keywords)
+    assert got.dtype == torch.float32
+    assert relative_error(got, per_token.mean()) < FP32_RTOL
+    weights = inputs.scored()
+    got = zero_prediction_mse(*arguments, scored=weights, **inputs.keywords)
+    assert relative_error(got, (per_token * weights).sum() / weights.sum()) < FP32_RTOL
+
+
+@pytest.mark.parametrize(
+    ("case", "level"),
+    [
+        ("odd", 0),
+        ("odd", 77),
+        ("videomae", 1),
+        ("patch_14", 77),
+        ("patch_32", 77),
+        ("largest", 255),
+    ],
+)
+def test_flat_tubelets(case, level, device):
+    """Their deviation is zero, and what is divided by 1e-6 has to be zero too, exactly."""
+    inputs = Inputs(case, "uint8", device)
+    inputs.video.fill_(level)
+    arguments = (inputs.video, inputs.idx, inputs.tubelet)
+    assert zero_prediction_mse(*arguments, **inputs.keywords).item() == 0
+    pred = torch.zeros(*inputs.idx.shape, inputs.values, device=device, requires_grad=True)
+    loss = masked_mse(pred, *arguments, **inputs.keywords)
+    assert loss.item() == 0
+    loss.backward()
+    assert not pred.grad.any()
+
+
+@pytest.mark.parametrize("case", ["odd", "patch_14", "patch_32"])
+def test_flat_floating_tubelets(case, device):
+    """Rounding may leave the mean a little off, but not by more than makes it count as texture."""
+    inputs = Inputs(case, torch.float32, device)
+    inputs.video.fill_(0.7)
+    arguments = (inputs.video, inputs.idx, inputs.tubelet)
+    assert zero_prediction_mse(*arguments, **inputs.keywords).item() < 0.1
+
+
+@pytest.mark.parametrize("base", [(0, 1), (254, 255), (128, 0)], ids=str)
+@pytest.mark.parametrize("case", ["odd", "videomae", "patch_32", "largest"])
+def test_one_pixel_that_differs(case, base, device):
+    """The variance is a small difference of large sums."""
+    inputs = Inputs(case, "uint8", device)
+    inputs.video.fill_(base[0])
+    pt, ph, pw = inputs.tubelet
+    inputs.video[:, :, pt - 1 :: pt, ph - 1 :: ph, pw // 2 :: pw] = base[1]
+    check_masked_mse(inputs, torch.float32)
+    arguments = (inputs.video, inputs.idx, inputs.tubelet)
+    got = zero_prediction_mse(*arguments, **inputs.keywords)
+    assert relative_error(got, inputs.target().square().mean()) < FP32_RTOL
+
+
+def check_linear_masked_mse(inputs, dtype, width=24, bias=True, scored=None):
+    batch, count = inputs.idx.shape
+    leaves = [
+        inputs.random(batch, count, width, dtype=dtype),
+        inputs.random(inputs.values, width, dtype=dtype, seed=1) / width**0.5,
+        inputs.random(inputs.values, dtype=dtype, seed=2) if bias else None,
+    ]
+    upstream = 0.5 * inputs.idx.numel() * inputs.values
+
+    def run(function, kind=None):
+        own = [
+            None if leaf is None else leaf.to(kind or dtype, copy=True).requires_grad_()
+            for leaf in leaves
+        ]
+        loss = function(*own)
+        given = [leaf for leaf in own if leaf is not None]
+        return loss, *torch.autograd.grad(loss, given, torch.full_like(loss, upstream))
+
+    def fused(*own):
+        return linear_masked_mse(
+            *own, inputs.video, inputs.idx, inputs.tubelet, scored=scored, **inputs.keywords
+        )
+
+    def eager(*own):
+        values = torch.nn.functional.linear(*own)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        out = (values.to(wide) - inputs.target(wide)).square().mean(dim=2)
+        weight = torch.ones_like(out) if scored is None else scored.to(wide)
+        return (out * weight).sum() / weight.sum()
+
+    got = run(fused)
+    assert got[0].dtype == torch.float32
+    if inputs.idx.numel() == 0:
+        assert [one.shape for one in got[1:]] == [one.shape for one in leaves if one is not None]
+        return
+    truth, low = run(eager, torch.float64), run(eager)
+    # The loss is a mean over predictions rounded to dtype, errors of which average out by luck.
+    if dtype != torch.float32:
+        assert relative_error(got[0], truth[0]) < torch.finfo(dtype).eps
+        got, low, truth = got[1:], low[1:], truth[1:]
+    assert_accurate(got, low, truth)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *((case, "uint8") for case in CASES if case != "largest"),
+        *((case, torch.float32) for case in ("odd", "videomae", "seven_channels")),
+    ],
+)
+def test_linear_masked_mse(case, kind, dtype, device):
+    check_linear_masked_mse(Inputs(case, kind, device), dtype)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 7])
+@pytest.mark.parametrize("scored", [True, False], ids=["scored", "all"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_chunks(bias, scored, rows, dtype, device, monkeypatch):
+    """Twelve tokens of three clips, cut within clips, and in a last chunk that is shorter."""
+    monkeypatch.setattr(kernel, "_chunk_rows", lambda x, targets: rows)
+    inputs = Inputs("three_clips", "uint8", device)
+    weights = inputs.scored() if scored else None
+    check_linear_masked_mse(inputs, dtype, width=7, bias=bias, scored=weights)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm", "raw"])
+@pytest.mark.parametrize("layout", ["contiguous", "cropped", "expanded"])
+def test_linear_layouts(layout, norm_pix, dtype, device):
+    inputs = Inputs("odd", "uint8", device, layout, form="int64", norm_pix=norm_pix)
+    check_linear_masked_mse(inputs, dtype, width=33)
+
+
+def test_the_same_from_run_to_run(dtype, device):
+    inputs = Inputs("one_more_token", "uint8", device)
+    x = inputs.random(*inputs.idx.shape, 16, dtype=dtype)
+    weight = inputs.random(inputs.values, 16, dtype=dtype, seed=1)
+    bias = inputs.random(inputs.values, dtype=dtype, seed=2)
+    arguments = (inputs.video, inputs.idx, inputs.tubelet)
+
+    def run():
+        leaves = [one.detach().requires_grad_() for one in (x, weight, bias)]
+        loss = linear_masked_mse(*leaves, *arguments, **inputs.keywords)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
