@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:  # there is no Triton outside Linux
         raise
     triton, tl = None, None
 
-__all__ = ["Row", "available", "cdiv", "channel_table", "jit", "launch", "pick", "power_of_2", "tl"]
+__all__ = ["Row", "available", "cdiv", "jit", "launch", "pick", "power_of_2", "tl"]
 
 # Compute capabilities with table rows of their own. 86 and 89 share rows: 99 KiB of shared memory.
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -92,15 +92,6 @@ def launch(kernel: Any, programs: int, *args: Any, row: Row, **constants: Any) -
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*args, **row.blocks, **constants, **options)
-
-
-@lru_cache
-def channel_table(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """Per-channel constants ``(len(values), C)`` fp32 on the device, copied there once.
-
-    A copy from the host inside a step would stall it, and could not be captured in a CUDA graph.
-    """
-    return torch.tensor(values, dtype=torch.float32).to(device)
 
 
 def cdiv(a: int, b: int) -> int:

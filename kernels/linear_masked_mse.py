@@ -26,9 +26,9 @@ from .masked_mse import (
 )
 from .token_gather import column_sum_reference, column_sum_triton
 
-# Bytes of predictions at a time. On a GPU enough to fill it, and about what its L2 holds; not yet
-# measured there. On a CPU small, but enough rows for the quicker of its products.
-_CHUNK_BYTES = {"cuda": 48 << 20, "cpu": 8 << 20}
+# Bytes of predictions at a time. On a GPU enough to fill it, and half of what a large L2 holds; not
+# yet measured there. On a CPU small, but enough rows for the quicker of its products.
+_CHUNK_BYTES = {"cuda": 24 << 20, "cpu": 8 << 20}
 
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -109,6 +109,8 @@ def _in_chunks(
             grad_x[part] = linear_reference(values_nP, weight_PE.t(), None)
             grad_weight += weight_gradient(values_nP, x_nE[part])
             grad_bias += column_sum(values_nP.unsqueeze(0))
+        # Before the next chunk's are made, which would stand beside them.
+        del values_nP
     if grad_weight is not None and grad_bias is not None:
         grad_weight = _pixel_major(grad_weight, targets)
         grad_bias = _pixel_major(grad_bias, targets)

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from . import _launch
 from ._launch import Row, cdiv, jit, power_of_2, tl
-from .tubelets import pixel_offset, scale_channels_, take_tubelets, tubelet_origin
+from .tubelets import (
+    channel_constant,
+    pixel_offset,
+    scale_channels_,
+    take_tubelets,
+    tubelet_origin,
+)
 
 # Added to the standard deviation, not to the variance: the published V1 and V2 targets.
 NORM_PIX_EPS = 1e-6
@@ -184,9 +190,10 @@ def _chunk_rows(targets: Targets) -> int:
 
 @jit
 def _masked_mse_kernel(
-    pred_ptr, video_ptr, idx_ptr, channel_ptr, weight_ptr, loss_ptr, difference_ptr,
-    first_row, num_rows, rows_per_clip, num_channels, grid_h, grid_w,
+    pred_ptr, video_ptr, idx_ptr, weight_ptr, loss_ptr, difference_ptr,
+    first_row, num_rows, rows_per_clip, grid_h, grid_w,
     stride_clip, stride_c, stride_t, stride_h, stride_w, stride_idx_clip, stride_idx_token, eps,
+    MEAN: tl.constexpr, STD: tl.constexpr, CHANNELS: tl.constexpr,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     UINT8: tl.constexpr, NORM_PIX: tl.constexpr, HAS_PRED: tl.constexpr,
     CHANNEL_MAJOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, KEEP: tl.constexpr,
@@ -210,17 +217,17 @@ def _masked_mse_kernel(
     )
     pixel = pixel_offset(offs_q, stride_t, stride_h, stride_w, PH, PW)
     values_at = video_ptr + start[:, None] + pixel[None, :]
-    row_at = rows * num_channels * PIXELS
+    row_at = rows * CHANNELS * PIXELS
     weight = tl.full([BLOCK_R], 1.0, dtype=tl.float32)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + rows, mask=mask_r, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for channel in range(num_channels):
+    for channel in range(CHANNELS):
         raw = tl.load(values_at + tl.cast(channel, tl.int64) * stride_c, mask=mask, other=0)
         # Read before the statistics, which have to wait for the pixels.
         pred = tl.zeros([BLOCK_R, BLOCK_Q], dtype=tl.float32)
         if HAS_PRED:
-            inside = offs_q * num_channels + channel
+            inside = offs_q * CHANNELS + channel
             if CHANNEL_MAJOR:
                 inside = channel * PIXELS + offs_q
             pred_at = pred_ptr + row_at[:, None] + inside[None, :]
@@ -237,9 +244,9 @@ def _masked_mse_kernel(
         elif UINT8:
             target = raw.to(tl.float32) / 255.0
         else:
-            mean = tl.load(channel_ptr + channel)
-            std = tl.load(channel_ptr + num_channels + channel)
-            target = raw.to(tl.float32) * std + mean
+            number = tl.full([1, 1], 0, dtype=tl.int32) + channel
+            target = raw.to(tl.float32) * channel_constant(number, STD, CHANNELS)
+            target += channel_constant(number, MEAN, CHANNELS)
             if NORM_PIX:
                 centre = tl.sum(tl.where(mask, target, 0.0), axis=1) / PIXELS
                 target = tl.where(mask, target - centre[:, None], 0.0)
@@ -252,7 +259,7 @@ def _masked_mse_kernel(
             kept = (difference * weight[:, None]).to(difference_ptr.dtype.element_ty)
             kept_at = row_at[:, None] + (channel * PIXELS + offs_q)[None, :]
             tl.store(difference_ptr + kept_at, kept, mask=mask)
-    tl.store(loss_ptr + rows, total / (num_channels * PIXELS), mask=mask_r)
+    tl.store(loss_ptr + rows, total / (CHANNELS * PIXELS), mask=mask_r)
 
 
 @jit
@@ -336,6 +343,7 @@ def _launch_loss(
 ) -> None:
     video = targets.video
     pt, ph, pw = targets.size
+    normalised = video.is_floating_point()
     block_q = max(power_of_2(targets.pixels), 16)
     block_r = max(1024 // block_q, 1)
     listed = _LOSS[min(limit for limit in _LOSS if limit >= block_q)]
@@ -343,13 +351,15 @@ def _launch_loss(
         _masked_mse_kernel,
         cdiv(loss_n.shape[0], block_r),
         pred_nP, video, targets.idx,
-        _launch.channel_table((targets.mean, targets.std), video.device),
         weight_n, loss_n, difference_nP,
-        first, loss_n.shape[0], targets.idx.shape[1], video.shape[1],
+        first, loss_n.shape[0], targets.idx.shape[1],
         video.shape[3] // ph, video.shape[4] // pw,
         *video.stride(), *targets.idx.stride(), NORM_PIX_EPS,
+        MEAN=targets.mean if normalised else None,
+        STD=targets.std if normalised else None,
+        CHANNELS=video.shape[1],
         PT=pt, PH=ph, PW=pw,
-        UINT8=not video.is_floating_point(),
+        UINT8=not normalised,
         NORM_PIX=targets.norm_pix,
         HAS_PRED=pred_nP is not None,
         CHANNEL_MAJOR=channel_major,

@@ -15,7 +15,7 @@ Shapes: video (B, C, T, H, W), R = B * V rows of P = C*pt*ph*pw values, weight (
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from .token_gather import (
     position_gradient_triton,
 )
 from .tubelets import (
+    channel_constant,
     pixel_offset,
     put_tubelets,
     scale_channels_,
@@ -164,7 +165,8 @@ def _tubelet_value_offset(
 
 @jit
 def _fold_kernel(
-    weight_ptr, channel_ptr, bias_ptr, folded_ptr, shift_ptr, num_values, num_pixels, num_channels,
+    weight_ptr, bias_ptr, folded_ptr, shift_ptr, num_values,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Fold the normalisation into one row of the weight, and into what is added to its products.
@@ -177,13 +179,12 @@ def _fold_kernel(
     for first in range(0, num_values, BLOCK_P):
         offs_p = first + tl.arange(0, BLOCK_P)
         mask_p = offs_p < num_values
-        channel = offs_p // num_pixels
-        scale = tl.load(channel_ptr + channel, mask=mask_p, other=0.0)
-        offset = tl.load(channel_ptr + num_channels + channel, mask=mask_p, other=0.0)
+        channel = offs_p // PIXELS
         weight = tl.load(weight_ptr + start + offs_p, mask=mask_p, other=0.0).to(tl.float32)
+        scale = channel_constant(channel, SCALE, CHANNELS)
         folded = (weight * scale).to(folded_ptr.dtype.element_ty)
         tl.store(folded_ptr + start + offs_p, folded, mask=mask_p)
-        total += folded.to(tl.float32) * offset
+        total += folded.to(tl.float32) * channel_constant(channel, OFFSET, CHANNELS)
     shift = tl.sum(total, axis=0)
     if HAS_BIAS:
         shift += tl.load(bias_ptr + row).to(tl.float32)
@@ -191,47 +192,39 @@ def _fold_kernel(
 
 
 @jit
-def _take_kernel(
-    video_ptr, idx_ptr, rows_ptr, num_rows, rows_per_clip, num_values, grid_h, grid_w,
-    stride_clip, stride_c, stride_t, stride_h, stride_w, stride_idx_clip, stride_idx_token,
-    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    HAS_IDX: tl.constexpr, CENTRE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+def _unfold_kernel(
+    grad_ptr, column_sum_ptr, num_values,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Copy BLOCK_P values of BLOCK_R tubelets to rows, less 128 (CENTRE: uint8 video).
+    """Turn one row of the folded weight's gradient into the weight's own, in place.
 
-    Grid: row blocks x value blocks, values fastest. Writes all of rows.
+    Grid: rows.
     """
-    value_blocks = tl.cdiv(num_values, BLOCK_P)
-    program = tl.program_id(0)
-    rows = (program // value_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_p = (program % value_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask_r = rows < num_rows
-    clip, token = rows // rows_per_clip, rows % rows_per_clip
-    if HAS_IDX:
-        at = clip * stride_idx_clip + token * stride_idx_token
-        token = tl.load(idx_ptr + at, mask=mask_r, other=0).to(tl.int64)
-    start = clip * stride_clip + tubelet_origin(
-        token, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW
-    )
-    inside = _tubelet_value_offset(offs_p, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
-    mask = mask_r[:, None] & (offs_p < num_values)[None, :]
-    values = tl.load(video_ptr + start[:, None] + inside[None, :], mask=mask, other=0)
-    if CENTRE:
-        values = values.to(tl.int16) - 128
-    out = rows_ptr + rows[:, None] * num_values + offs_p[None, :]
-    tl.store(out, values.to(rows_ptr.dtype.element_ty), mask=mask)
+    row = tl.program_id(0)
+    column_sum = tl.load(column_sum_ptr + row)
+    for first in range(0, num_values, BLOCK_P):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < num_values
+        channel = offs_p // PIXELS
+        at = grad_ptr + row.to(tl.int64) * num_values + offs_p
+        grad = tl.load(at, mask=mask_p, other=0.0)
+        grad += column_sum * channel_constant(channel, OFFSET, CHANNELS)
+        tl.store(at, grad * channel_constant(channel, SCALE, CHANNELS), mask=mask_p)
 
 
 @jit
-def _put_kernel(
-    rows_ptr, idx_ptr, video_ptr, num_rows, rows_per_clip, num_values, grid_h, grid_w,
+def _move_kernel(
+    video_ptr, rows_ptr, idx_ptr, num_rows, rows_per_clip, num_values, grid_h, grid_w,
     stride_clip, stride_c, stride_t, stride_h, stride_w, stride_idx_clip, stride_idx_token,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    HAS_IDX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_IDX: tl.constexpr, TAKE: tl.constexpr, CENTRE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Copy BLOCK_P values of BLOCK_R rows to where they stand in the video.
+    """Move BLOCK_P values of BLOCK_R tubelets: to rows (TAKE), less 128 (CENTRE), or from them.
 
-    Grid: row blocks x value blocks, values fastest. Writes only the tubelets that idx names.
+    Grid: row blocks x value blocks, values fastest. Writes all of rows, or in the video the
+    tubelets that idx names.
     """
     value_blocks = tl.cdiv(num_values, BLOCK_P)
     program = tl.program_id(0)
@@ -246,10 +239,17 @@ def _put_kernel(
         token, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW
     )
     inside = _tubelet_value_offset(offs_p, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+    in_video = video_ptr + start[:, None] + inside[None, :]
+    in_rows = rows_ptr + rows[:, None] * num_values + offs_p[None, :]
     mask = mask_r[:, None] & (offs_p < num_values)[None, :]
-    values = tl.load(rows_ptr + rows[:, None] * num_values + offs_p[None, :], mask=mask)
-    out = video_ptr + start[:, None] + inside[None, :]
-    tl.store(out, values.to(video_ptr.dtype.element_ty), mask=mask)
+    if TAKE:
+        values = tl.load(in_video, mask=mask, other=0)
+        if CENTRE:
+            values = values.to(tl.int16) - 128
+        tl.store(in_rows, values.to(rows_ptr.dtype.element_ty), mask=mask)
+    else:
+        values = tl.load(in_rows, mask=mask)
+        tl.store(in_video, values.to(video_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -380,7 +380,7 @@ def tubelet_embed_backward_triton(
         grad_DP = weight_gradient(narrow_RD, _take(tubelets))
         if centred:
             assert grad_bias is not None
-            grad_DP = _unfold_gradient(tubelets, grad_DP, grad_bias)
+            grad_DP = _unfold_gradient_(tubelets, grad_DP, grad_bias)
         grad_weight = grad_DP.view(weight_DCthw.shape)
     if need_pos:
         t, h, w = tubelets.grid
@@ -388,7 +388,7 @@ def tubelet_embed_backward_triton(
     if need_video:
         rows_RP = narrow_RD @ weight_DCthw.flatten(1).to(tubelets.dtype)
         grad_video = torch.zeros_like(tubelets.video, memory_format=torch.contiguous_format)
-        _move(_put_kernel, tubelets, rows_RP, grad_video)
+        _move(tubelets, grad_video, rows_RP, take=False)
     return grad_weight, grad_bias if need_bias else None, grad_pos, grad_video
 
 
@@ -402,31 +402,37 @@ def _fold(tubelets: Tubelets, weight_DCthw: Tensor, bias_D: Tensor | None) -> tu
         return weight_DP.to(tubelets.dtype), shift_D if bias_D is None else shift_D + bias_D
     folded_DP = torch.empty_like(weight_DP, dtype=tubelets.dtype)
     shift_D = weight_DP.new_empty(width, dtype=torch.float32)
-    channels = tubelets.video.shape[1]
     _launch.launch(
         _fold_kernel,
         width,
-        weight_DP, _centred(tubelets), bias_D, folded_DP, shift_D,
-        values, values // channels, channels,
+        weight_DP, bias_D, folded_DP, shift_D, values,
+        **_centring(tubelets),
         HAS_BIAS=bias_D is not None,
         row=_FOLD,
     )  # fmt: skip
     return folded_DP, shift_D
 
 
-def _unfold_gradient(tubelets: Tubelets, grad_DP: Tensor, column_sum_D: Tensor) -> Tensor:
-    """Gradient for the weight itself, from that for the folded weight of centred values."""
-    scale_C, offset_C = _centred(tubelets)
-    grad_DCq = grad_DP.unflatten(1, (scale_C.shape[0], -1))
-    grad_DCq = grad_DCq.addcmul(column_sum_D[:, None, None], offset_C[:, None])
-    return grad_DCq.mul_(scale_C[:, None]).flatten(1)
+def _unfold_gradient_(tubelets: Tubelets, grad_DP: Tensor, column_sum_D: Tensor) -> Tensor:
+    """The weight's gradient in the place of the folded weight's, for centred values."""
+    _launch.launch(
+        _unfold_kernel,
+        grad_DP.shape[0],
+        grad_DP, column_sum_D, grad_DP.shape[1],
+        **_centring(tubelets),
+        row=_FOLD,
+    )  # fmt: skip
+    return grad_DP
 
 
-def _centred(tubelets: Tubelets) -> Tensor:
-    """Per channel 1 / (255 std), and 128 - 255 mean: ``(2, C)`` fp32."""
-    scale = tuple(1 / (255 * s) for s in tubelets.std)
-    offset = tuple(128 - 255 * m for m in tubelets.mean)
-    return _launch.channel_table((scale, offset), tubelets.video.device)
+def _centring(tubelets: Tubelets) -> dict[str, Any]:
+    """Constants of folding: per channel 1 / (255 std), and 128 - 255 mean."""
+    return {
+        "SCALE": tuple(1 / (255 * s) for s in tubelets.std),
+        "OFFSET": tuple(128 - 255 * m for m in tubelets.mean),
+        "CHANNELS": tubelets.video.shape[1],
+        "PIXELS": tubelets.size[0] * tubelets.size[1] * tubelets.size[2],
+    }
 
 
 def _take(tubelets: Tubelets) -> Tensor:
@@ -436,25 +442,22 @@ def _take(tubelets: Tubelets) -> Tensor:
     rows = tubelets.video.new_empty(
         batch * tubelets.per_clip, channels * pt * ph * pw, dtype=tubelets.dtype
     )
-    centred = not tubelets.video.is_floating_point()
-    _move(_take_kernel, tubelets, tubelets.video, rows, CENTRE=centred)
+    _move(tubelets, tubelets.video, rows, take=True)
     return rows
 
 
-def _move(
-    kernel: object, tubelets: Tubelets, source: Tensor, target: Tensor, **flags: bool
-) -> None:
-    """Copy between rows and a video, whichever is the target."""
-    rows, video = (source, target) if source.dim() == 2 else (target, source)
+def _move(tubelets: Tubelets, video: Tensor, rows: Tensor, take: bool) -> None:
+    """Copy from the video to rows, or from rows to the video."""
     pt, ph, pw = tubelets.size
     _launch.launch(
-        kernel,
+        _move_kernel,
         cdiv(rows.shape[0], _MOVE.blocks["BLOCK_R"]) * cdiv(rows.shape[1], _MOVE.blocks["BLOCK_P"]),
-        source, tubelets.idx, target, rows.shape[0], tubelets.per_clip, rows.shape[1],
+        video, rows, tubelets.idx, rows.shape[0], tubelets.per_clip, rows.shape[1],
         *tubelets.grid[1:], *video.stride(), *_strides(tubelets.idx, 2),
         PT=pt, PH=ph, PW=pw,
         HAS_IDX=tubelets.idx is not None,
-        **flags,
+        TAKE=take,
+        CENTRE=not video.is_floating_point(),
         row=_MOVE,
     )  # fmt: skip
 

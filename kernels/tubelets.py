@@ -97,3 +97,15 @@ def pixel_offset(
     frame = (offs_q // (PH * PW)).to(tl.int64)
     line = ((offs_q // PW) % PH).to(tl.int64)
     return frame * stride_t + line * stride_h + (offs_q % PW).to(tl.int64) * stride_w
+
+
+@jit
+def channel_constant(channel, TABLE: tl.constexpr, CHANNELS: tl.constexpr):
+    """``TABLE[channel]`` of a tuple of floats, for a tensor of channel numbers, fp32.
+
+    Constants of the kernel, not a tensor: nothing to copy to the device or to keep there.
+    """
+    value = tl.zeros(channel.shape, dtype=tl.float32)
+    for number in tl.static_range(CHANNELS):
+        value = tl.where(channel == number, TABLE[number], value)
+    return value
