@@ -244,9 +244,9 @@ def _masked_mse_kernel(
         elif UINT8:
             target = raw.to(tl.float32) / 255.0
         else:
-            number = tl.full([1, 1], 0, dtype=tl.int32) + channel
-            target = raw.to(tl.float32) * channel_constant(number, STD, CHANNELS)
-            target += channel_constant(number, MEAN, CHANNELS)
+            which = tl.full([1, 1], 0, dtype=tl.int32) + channel
+            target = raw.to(tl.float32) * channel_constant(which, STD, CHANNELS)
+            target += channel_constant(which, MEAN, CHANNELS)
             if NORM_PIX:
                 centre = tl.sum(tl.where(mask, target, 0.0), axis=1) / PIXELS
                 target = tl.where(mask, target - centre[:, None], 0.0)

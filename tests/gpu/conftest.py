@@ -77,6 +77,15 @@ def need_gib(device):
     return need
 
 
+@pytest.fixture
+def deterministic():
+    """Operations without a deterministic implementation are errors."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a model and its batch."""

@@ -34,15 +34,6 @@ def launches(monkeypatch):
     return names
 
 
-@pytest.fixture
-def deterministic():
-    """Operations without a deterministic implementation are errors."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @contextmanager
 def poisoned(monkeypatch):
     """Memory that is allocated and not written holds NaN, or the largest integer."""

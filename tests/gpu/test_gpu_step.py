@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import relative_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmae_fast import VideoMAE, clip_keys
 
@@ -172,3 +173,16 @@ def test_waiting_is_seen(device):
     with pytest.raises(RuntimeError, match="synchroniz"), never_waiting():
         value.item()
     assert torch.cuda.get_sync_debug_mode() == before
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_step_is_the_same_bits_every_time(device, mask):
+    """Where torch is told so, and attention is one whose backward pass can be."""
+    step = Step(make_model("tiny", MASKS[mask], device), device)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        step()
+        first = step.results()
+        step()
+    for name, tensor in step.results().items():
+        assert torch.equal(tensor, first[name]), name

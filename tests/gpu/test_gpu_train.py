@@ -26,7 +26,8 @@ def one_process(device, tmp_path, monkeypatch):
     if "NCCL_SOCKET_IFNAME" not in os.environ:
         monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")  # there may be no other interface
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group(kind, store=store, rank=0, world_size=1)
+    bound = device if kind == "nccl" else None
+    dist.init_process_group(kind, store=store, rank=0, world_size=1, device_id=bound)
     yield
     dist.destroy_process_group()
 
