@@ -46,11 +46,19 @@ _FINISH = Row({"BLOCK_R": 16, "BLOCK_D": 128}, num_warps=4, num_stages=1)
 
 _HALF = Row({"BLOCK_R": 128, "BLOCK_D": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
 _HALF_99K = Row({"BLOCK_R": 128, "BLOCK_D": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3)
+# Where pixels of a tubelet's line do not come in 16 bytes, addresses take more registers.
+_HALF_SCATTERED = Row({"BLOCK_R": 64, "BLOCK_D": 128, "BLOCK_K": 32}, num_warps=8, num_stages=3)
 _FP32 = Row({"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_K": 32}, num_warps=4, num_stages=2)
 _GEMM = {
     **{(target, torch.float32): _FP32 for target in (80, 86, 90, 100, 120)},
     **{(t, d): _HALF for t in (80, 90, 100) for d in (torch.float16, torch.bfloat16)},
     **{(t, d): _HALF_99K for t in (86, 120) for d in (torch.float16, torch.bfloat16)},
+}
+
+_GEMM_SCATTERED = {
+    (80, torch.float32): _FP32,
+    (80, torch.float16): _HALF_SCATTERED,
+    (80, torch.bfloat16): _HALF_SCATTERED,
 }
 
 # The two ways forward: rows of tubelets, then the library's matrix product, then bias and
@@ -472,18 +480,21 @@ def _embed_in_one_kernel(
     batch, count = tubelets.video.shape[0], tubelets.per_clip
     width, num_values = weight_DP.shape
     out = weight_DP.new_empty(batch, count, width, dtype=dtype)
-    row = _launch.pick(_GEMM, tubelets.video.device, tubelets.dtype)
+    video = tubelets.video
+    line_bytes = tubelets.size[2] * video.element_size()
+    dense = video.stride(4) == 1 and line_bytes % 16 == 0
+    row = _launch.pick(_GEMM if dense else _GEMM_SCATTERED, video.device, tubelets.dtype)
     pt, ph, pw = tubelets.size
     _launch.launch(
         _embed_kernel,
         cdiv(batch * count, row.blocks["BLOCK_R"]) * cdiv(width, row.blocks["BLOCK_D"]),
-        tubelets.video, weight_DP, shift_D, pos_embed_ND, tubelets.idx, out,
+        video, weight_DP, shift_D, pos_embed_ND, tubelets.idx, out,
         batch * count, count, num_values, width, *tubelets.grid[1:],
-        *tubelets.video.stride(), *_strides(pos_embed_ND, 1), *_strides(tubelets.idx, 2),
+        *video.stride(), *_strides(pos_embed_ND, 1), *_strides(tubelets.idx, 2),
         PT=pt, PH=ph, PW=pw,
         HAS_POS=pos_embed_ND is not None,
         HAS_IDX=tubelets.idx is not None,
-        CENTRE=not tubelets.video.is_floating_point(),
+        CENTRE=not video.is_floating_point(),
         row=row,
     )  # fmt: skip
     return out
