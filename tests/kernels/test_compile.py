@@ -157,6 +157,12 @@ def launch_floating(dtype):
     launch_losses(given)
 
 
+def launch_scattered(dtype):
+    """Tubelets whose lines of 14 pixels are not of 16 bytes."""
+    given = Inputs(VARIANTS["giant"], dtype)
+    launch_embed(given, given.visible_idx)
+
+
 def launch_large_tubelets(dtype):
     """Tubelets for the rows of the loss's table that base needs none of."""
     for tubelet in ((4, 32, 32), (4, 64, 64)):
@@ -171,6 +177,7 @@ def base():
         for dtype in FLOAT_DTYPES:
             with Recorder(target) as recorders[target, dtype]:
                 launch_every_kernel(BASE, dtype)
+                launch_scattered(dtype)
                 if dtype == torch.bfloat16:
                     launch_floating(dtype)
                     launch_large_tubelets(dtype)

@@ -1,17 +1,130 @@
-"""Memory that an op allocates and does not write shows as NaN."""
+"""Devices, one use of every op, and unwritten memory shown as NaN."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers import make_video, random_positions
+
+from vmae_fast import ops
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def device(request):
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill ``torch.empty`` with NaN for the time of a test."""
+    """Fill what ``torch.empty`` and its kin allocate with NaN for the time of a test."""
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # Warnings only: matrix products on a GPU are not what this is about.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
+    for empty in (torch.empty(3), torch.zeros(3).new_empty(3), torch.empty_like(torch.zeros(3))):
+        assert empty.isnan().all()
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@dataclass
+class Use:
+    """One use of an op: a function of tensors that want gradients and tensors that do not.
+
+    Attributes:
+        name: of the public op.
+        function: called with the leaves, then the rest.
+        leaves: fp32, on the CPU, requiring gradients.
+        rest: indices and videos.
+    """
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    leaves: tuple[torch.Tensor, ...]
+    rest: tuple[torch.Tensor, ...]
+
+    def __call__(self, *leaves: torch.Tensor) -> torch.Tensor:
+        return self.function(*(leaves or self.leaves), *self.rest)
+
+    def gradients(self, out: torch.Tensor, **options: bool) -> tuple[torch.Tensor, ...]:
+        """Of all leaves, for a random upstream gradient."""
+        generator = torch.Generator().manual_seed(9)
+        upstream = torch.randn(out.shape, generator=generator).to(out.dtype)
+        return torch.autograd.grad(out, self.leaves, upstream, **options)
+
+
+TUBELET = (2, 4, 4)
+
+
+def gather_tokens(batch):
+    def function(x, idx):
+        return ops.gather_tokens(x, idx)
+
+    return function, [(batch, 8, 6)], (random_positions(batch, 8, 3),)
+
+
+def decoder_tokens(batch):
+    def function(visible, mask_token, pos, visible_idx, decode_idx):
+        return ops.decoder_tokens(visible, mask_token, pos, visible_idx, decode_idx)
+
+    order = random_positions(batch, 8, 8)
+    return function, [(batch, 3, 6), (6,), (8, 6)], (order[:, :3], order[:, 3:])
+
+
+def tubelet_embed_uint8(batch):
+    def function(weight, bias, pos, video, idx):
+        return ops.tubelet_embed(video, weight, bias, pos, idx)
+
+    rest = (make_video((batch, 3, 4, 8, 8), torch.uint8), random_positions(batch, 8, 3))
+    return function, [(10, 3, *TUBELET), (10,), (8, 10)], rest
+
+
+def tubelet_embed_floating(batch):
+    def function(video, weight, bias, pos, idx):
+        return ops.tubelet_embed(video, weight, bias, pos, idx)
+
+    shapes = [(batch, 3, 4, 8, 8), (10, 3, *TUBELET), (10,), (8, 10)]
+    return function, shapes, (random_positions(batch, 8, 3),)
+
+
+def masked_mse(batch):
+    def function(pred, video, idx):
+        return ops.masked_mse(pred, video, idx, TUBELET)
+
+    rest = (make_video((batch, 3, 4, 8, 8), torch.uint8), random_positions(batch, 8, 5))
+    return function, [(batch, 5, 96)], rest
+
+
+def linear_masked_mse(batch):
+    def function(x, weight, bias, video, idx, scored):
+        return ops.linear_masked_mse(x, weight, bias, video, idx, TUBELET, scored=scored)
+
+    video, idx = make_video((batch, 3, 4, 8, 8), torch.uint8), random_positions(batch, 8, 5)
+    scored = (torch.arange(batch * 5).view(batch, 5) % 3 > 0).float()
+    return function, [(batch, 5, 7), (96, 7), (96,)], (video, idx, scored)
+
+
+USES = [
+    gather_tokens, decoder_tokens, tubelet_embed_uint8, tubelet_embed_floating, masked_mse,
+    linear_masked_mse,
+]  # fmt: skip
+
+
+@pytest.fixture(params=USES, ids=lambda use: use.__name__)
+def use_of(request):
+    """Every op in turn: a function from the batch size to a :class:`Use` of it."""
+
+    def make(batch: int = 2) -> Use:
+        function, shapes, rest = request.param(batch)
+        generator = torch.Generator().manual_seed(7)
+        leaves = tuple(torch.randn(s, generator=generator).requires_grad_() for s in shapes)
+        name = request.param.__name__.removesuffix("_uint8").removesuffix("_floating")
+        return Use(name, function, leaves, rest)
+
+    return make

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers import relative_error
-from vmae_fast.kernels import linear as kernel
 
 from vmae_fast import nn as vnn
 from vmae_fast import ops
+from vmae_fast.kernels import linear as kernel
 
 
 @pytest.fixture(params=[True, False], ids=["convolution", "matmul"])

@@ -1,0 +1,101 @@
+"""Floating-point operations that the counter finds: 2 * rows * P * D a product, nothing else."""
+
+import pytest
+import torch
+from helpers import make_video, random_mask, random_positions
+from torch.utils.flop_counter import FlopCounterMode
+
+import vmae_fast
+from vmae_fast import ops
+
+B, V, D, E = 2, 5, 10, 7
+SIZE = (2, 4, 4)
+P = 3 * 2 * 4 * 4
+NUM_TOKENS = 12
+
+
+def counted(function):
+    """Operations by name: of the ops of this package, and of everything."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    found = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    return {name.removeprefix("vmae_fast."): n for name, n in found.items() if n}
+
+
+def video_of(kind):
+    return make_video((B, 3, 4, 8, 12), torch.uint8 if kind == "uint8" else torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "floating"])
+@pytest.mark.parametrize("indexed", [True, False], ids=["some", "all"])
+def test_tubelet_embed(kind, indexed):
+    video = video_of(kind).requires_grad_(kind == "floating")
+    weight = torch.randn(D, 3, *SIZE, requires_grad=True)
+    idx = random_positions(B, NUM_TOKENS, V) if indexed else None
+    product = 2 * B * (V if indexed else NUM_TOKENS) * P * D
+    products = 2 if kind == "floating" else 1
+    found = counted(lambda: ops.tubelet_embed(video, weight, visible_idx=idx).sum().backward())
+    assert found == {
+        "tubelet_embed": product,
+        "tubelet_embed_backward": products * product,
+    }
+    frozen = weight.detach()
+    found = counted(lambda: ops.tubelet_embed(video.detach(), frozen, visible_idx=idx))
+    assert found == {"tubelet_embed": product}
+
+
+def test_gradients_of_bias_and_position_cost_no_product():
+    bias = torch.zeros(D, requires_grad=True)
+    pos = torch.zeros(NUM_TOKENS, D, requires_grad=True)
+    weight = torch.randn(D, 3, *SIZE)
+    found = counted(
+        lambda: ops.tubelet_embed(video_of("uint8"), weight, bias, pos).sum().backward()
+    )
+    assert found == {"tubelet_embed": 2 * B * NUM_TOKENS * P * D}
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("x", "weight", "bias"), ()], ids=str)
+def test_linear_masked_mse(wanted):
+    """Gradients are computed on the way forward: all of them, if any."""
+    leaves = {"x": torch.randn(B, V, E), "weight": torch.randn(P, E), "bias": torch.randn(P)}
+    for name in wanted:
+        leaves[name].requires_grad_()
+    idx = random_positions(B, NUM_TOKENS, V)
+
+    def step():
+        loss = ops.linear_masked_mse(*leaves.values(), video_of("uint8"), idx, SIZE)
+        if wanted:
+            loss.backward()
+
+    product = 2 * B * V * P * E
+    assert counted(step) == {"linear_masked_mse": (3 if wanted else 1) * product}
+    with torch.no_grad():
+        loss = counted(
+            lambda: ops.linear_masked_mse(*leaves.values(), video_of("uint8"), idx, SIZE)
+        )
+    assert loss == {"linear_masked_mse": product}
+
+
+def test_the_others_multiply_no_matrices():
+    x, idx = torch.randn(B, NUM_TOKENS, D, requires_grad=True), random_positions(B, NUM_TOKENS, V)
+    assert counted(lambda: ops.gather_tokens(x, idx).sum().backward()) == {}
+    visible, mask_token = torch.randn(B, V, D), torch.randn(D, requires_grad=True)
+    pos = torch.randn(NUM_TOKENS, D)
+    made = counted(lambda: ops.decoder_tokens(visible, mask_token, pos, idx, idx).sum().backward())
+    assert made == {}
+    pred = torch.randn(B, V, P, requires_grad=True)
+    assert counted(lambda: ops.masked_mse(pred, video_of("uint8"), idx, SIZE).backward()) == {}
+
+
+def test_a_whole_model():
+    model = vmae_fast.VideoMAE("tiny")
+    config = model.config
+    video = make_video((B, 3, config.frames, *config.image_size), torch.uint8)
+    mask = vmae_fast.Mask.from_bool(random_mask(B, config.num_tokens, config.num_tokens - 31))
+    found = counted(lambda: model(video, mask).loss.backward())
+    values = 3 * config.tubelet_size * config.patch_size[0] * config.patch_size[1]
+    embedding = 2 * B * 31 * values * config.width
+    assert found["tubelet_embed"] == found["tubelet_embed_backward"] == embedding
+    head = 2 * B * (config.num_tokens - 31) * values * config.decoder_width
+    assert found["linear_masked_mse"] == 3 * head
+    assert "aten.convolution" not in found

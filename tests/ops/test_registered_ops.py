@@ -1,0 +1,148 @@
+"""What torch.library asks of an op: schema, fake, autograd registration, tracing."""
+
+import pytest
+import torch
+from helpers import make_video, random_positions
+from torch.library import opcheck
+
+import vmae_fast.ops  # noqa: F401 (registers them)
+
+OPS = torch.ops.vmae_fast
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+SIZE = (2, 4, 4)
+
+
+class Given:
+    """Two clips of 2 x 2 x 2 tubelets of 96 values."""
+
+    def __init__(self, device):
+        self.device = device
+        self.uint8 = make_video((2, 3, 4, 8, 8), torch.uint8, "decoder").to(device)
+        self.floating = make_video((2, 3, 4, 8, 8), torch.float32, "cropped").to(device)
+        order = random_positions(2, 8, 8).to(device)
+        self.visible, self.decode = order[:, :3], order[:, 3:]
+        self.narrow = order.int()[:, 3:]
+        self.scored = torch.tensor([[1.0, 0, 2, 1, 0], [0, 1, 1, 1, 3]], device=device)
+        self._drawn = 0
+
+    def normal(self, *shape, grad=True, dtype=torch.float32):
+        self._drawn += 1
+        generator = torch.Generator().manual_seed(self._drawn)
+        values = torch.randn(shape, generator=generator).to(self.device, dtype)
+        return values.requires_grad_(grad)
+
+
+def gather_tokens(given):
+    x = given.normal(2, 8, 6)
+    yield x, given.visible
+    yield x.transpose(1, 2).contiguous().transpose(1, 2), given.narrow
+    yield given.normal(2, 8, 6, dtype=torch.bfloat16), given.visible
+    yield x, given.visible[:, :0]
+
+
+def gather_tokens_backward(given):
+    yield given.normal(2, 3, 6, grad=False), given.visible, 8
+    yield given.normal(2, 6, 5, grad=False).transpose(1, 2), given.narrow, 8
+
+
+def decoder_tokens(given):
+    visible, mask_token, pos = given.normal(2, 3, 6), given.normal(6), given.normal(8, 6)
+    index = (given.visible, given.decode)
+    yield visible, mask_token, pos, *index
+    yield visible, mask_token, pos.detach(), *index
+    yield visible.detach().bfloat16().requires_grad_(), mask_token, pos, *index
+    yield visible, mask_token, pos, given.visible, given.narrow[:, :0]
+
+
+def decoder_tokens_backward(given):
+    grad = given.normal(2, 8, 6, grad=False)
+    for needs in ((True, True), (True, False), (False, True)):
+        yield grad, given.visible, given.decode, 8, *needs
+    yield grad.bfloat16(), given.visible, given.narrow, 8, True, True
+
+
+def tubelet_embed(given):
+    weight, bias, pos = given.normal(10, 3, *SIZE), given.normal(10), given.normal(8, 10)
+    rest = (MEAN, STD, torch.float32)
+    for video in (given.uint8, given.floating.detach().requires_grad_()):
+        yield video, weight, bias, pos, given.visible, *rest
+        yield video, weight, None, None, None, *rest
+        yield video, weight, bias, None, given.narrow, *rest
+        # Under autocast.
+        yield video, weight, bias, pos, given.visible, MEAN, STD, torch.bfloat16
+
+
+def tubelet_embed_backward(given):
+    weight = given.normal(10, 3, *SIZE, grad=False)
+    grad, every = given.normal(2, 3, 10, grad=False), given.normal(2, 8, 10, grad=False)
+    rest = (MEAN, STD, torch.float32)
+    yield grad, given.uint8, weight, given.visible, *rest, [True, True, True, False]
+    yield every, given.floating, weight, None, *rest, [True, True, True, True]
+    for place in range(4):
+        needs = [place == one for one in range(4)]
+        yield grad, given.floating, weight, given.visible, *rest, needs
+    rest = (MEAN, STD, torch.bfloat16)
+    yield grad, given.uint8, weight, given.visible, *rest, [True, True, True, False]
+
+
+def masked_mse(given):
+    pred = given.normal(2, 5, 96)
+    for norm_pix in (True, False):
+        for video in (given.uint8, given.floating):
+            yield pred, video, given.decode, SIZE, norm_pix, MEAN, STD, True
+    yield given.normal(2, 5, 96, dtype=torch.bfloat16), given.uint8, given.narrow, *masked_mse.rest
+    yield pred.detach(), given.uint8, given.decode, SIZE, True, MEAN, STD, False
+    yield None, given.uint8, given.decode, SIZE, True, MEAN, STD, False
+
+
+masked_mse.rest = (SIZE, True, MEAN, STD, True)
+
+
+def masked_mse_backward(given):
+    kept = given.normal(10, 96, grad=False)
+    yield given.normal(2, 5, grad=False), kept, 3
+    yield torch.ones((), device=given.device).expand(2, 5), kept.bfloat16(), 3
+
+
+def linear_masked_mse(given):
+    x, weight, bias = given.normal(2, 5, 7), given.normal(96, 7), given.normal(96)
+    rest = (SIZE, True, MEAN, STD)
+    for scored in (None, given.scored, given.scored > 0):
+        yield x, weight, bias, scored, given.uint8, given.decode, *rest, True
+    yield x, weight, None, None, given.floating, given.narrow, *rest, True
+    yield x, weight.detach(), None, None, given.uint8, given.decode, *rest, True
+    yield x.detach(), weight.detach(), bias.detach(), None, given.uint8, given.decode, *rest, False
+    # Under autocast.
+    low = x.detach().bfloat16().requires_grad_()
+    yield low, weight, bias, given.scored, given.uint8, given.decode, *rest, True
+
+
+def linear_masked_mse_backward(given):
+    kept = [given.normal(*shape, grad=False) for shape in ((10, 7), (96, 7), (96,))]
+    grad = given.normal(grad=False)
+    yield grad, *kept, None
+    yield grad, kept[0].bfloat16(), *kept[1:], given.scored
+    yield grad, *kept, given.scored > 0
+
+
+CASES = [
+    gather_tokens, gather_tokens_backward, decoder_tokens, decoder_tokens_backward,
+    tubelet_embed, tubelet_embed_backward, masked_mse, masked_mse_backward,
+    linear_masked_mse, linear_masked_mse_backward,
+]  # fmt: skip
+
+
+def test_every_op_is_checked():
+    registered = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vmae_fast::")
+    }
+    assert registered == {case.__name__ for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_opcheck(case, device):
+    op = getattr(OPS, case.__name__).default
+    for arguments in case(Given(device)):
+        assert set(opcheck(op, arguments).values()) == {"SUCCESS"}
