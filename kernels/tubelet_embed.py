@@ -264,7 +264,7 @@ def _move_kernel(
 def _finish_kernel(
     product_ptr, shift_ptr, pos_ptr, idx_ptr, out_ptr, num_rows, rows_per_clip, width,
     stride_pos, stride_idx_clip, stride_idx_token,
-    HAS_POS: tl.constexpr, HAS_IDX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_IDX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add shift and position to BLOCK_R rows of BLOCK_D columns of the product.
 
@@ -279,13 +279,12 @@ def _finish_kernel(
     at = rows[:, None] * width + offs_d[None, :]
     values = tl.load(product_ptr + at, mask=mask, other=0.0).to(tl.float32)
     values += tl.load(shift_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
-    if HAS_POS:
-        clip, token = rows // rows_per_clip, rows % rows_per_clip
-        if HAS_IDX:
-            where = clip * stride_idx_clip + token * stride_idx_token
-            token = tl.load(idx_ptr + where, mask=mask_r, other=0).to(tl.int64)
-        pos = pos_ptr + token[:, None] * stride_pos + offs_d[None, :]
-        values += tl.load(pos, mask=mask, other=0.0).to(tl.float32)
+    clip, token = rows // rows_per_clip, rows % rows_per_clip
+    if HAS_IDX:
+        where = clip * stride_idx_clip + token * stride_idx_token
+        token = tl.load(idx_ptr + where, mask=mask_r, other=0).to(tl.int64)
+    pos = pos_ptr + token[:, None] * stride_pos + offs_d[None, :]
+    values += tl.load(pos, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -354,14 +353,17 @@ def tubelet_embed_triton(
         dtype = torch.promote_types(dtype, pos_embed_ND.dtype)
     if forward_way == "one_kernel":
         return _embed_in_one_kernel(tubelets, weight_DP, shift_D, pos_embed_ND, dtype)
-    product_RD = matmul_accumulated(_take(tubelets), weight_DP.t(), dtype)
     batch, count, width = tubelets.video.shape[0], tubelets.per_clip, weight_DP.shape[0]
+    if pos_embed_ND is None:
+        # Not by the kernel below: what it reads has been rounded, and would be once more.
+        out_RD = torch.addmm(shift_D.to(dtype), _take(tubelets), weight_DP.t())
+        return out_RD.view(batch, count, width)
+    product_RD = matmul_accumulated(_take(tubelets), weight_DP.t(), dtype)
     _launch.launch(
         _finish_kernel,
         cdiv(batch * count, _FINISH.blocks["BLOCK_R"]) * cdiv(width, _FINISH.blocks["BLOCK_D"]),
         product_RD, shift_D, pos_embed_ND, tubelets.idx, product_RD, batch * count, count, width,
-        *_strides(pos_embed_ND, 1), *_strides(tubelets.idx, 2),
-        HAS_POS=pos_embed_ND is not None,
+        pos_embed_ND.stride(0), *_strides(tubelets.idx, 2),
         HAS_IDX=tubelets.idx is not None,
         row=_FINISH,
     )  # fmt: skip
