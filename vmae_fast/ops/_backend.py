@@ -63,10 +63,10 @@ def backend_summary() -> str:
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     served = [str(gpu) for gpu in gpus if _launch.available(gpu)]
     if not served:
-        return (
-            "reference: plain PyTorch for every op; the Triton kernels need a GPU of compute "
-            "capability 8.0 or later"
-        )
+        why = "the Triton kernels need a GPU of compute capability 8.0 or later"
+        if _chosen == "triton":
+            return f"none: VMAE_FAST_BACKEND demands triton, but {why}"
+        return f"reference: plain PyTorch for every op; {why}"
     return (
         f"triton for token and loss ops on {', '.join(served)}; PyTorch's own attention and "
         "matrix products; no CUDA C++ extension"
