@@ -30,7 +30,10 @@ def matmul_accumulated(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> Tensor:
-    """``grad.T @ x``, ``(out, in)`` in fp32 (fp64 for fp64)."""
+    """``grad.T @ x``, ``(out, in)`` in fp32 (fp64 for fp64), added up in it too."""
+    if x_RI.device.type == "cpu" and x_RI.dtype in (torch.float16, torch.bfloat16):
+        # Products of these give no more digits there than they take.
+        grad_RO, x_RI = grad_RO.float(), x_RI.float()
     if _as_convolution(x_RI, grad_RO):
         kernel = x_RI.new_empty(grad_RO.shape[1], x_RI.shape[1], 1, 1)  # read for its shape only
         _, grad_weight, _ = torch.ops.aten.convolution_backward(

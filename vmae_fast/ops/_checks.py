@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,33 +39,37 @@ def debug(enabled: bool = True) -> Iterator[None]:
         _debug = before
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with ``message`` unless ``condition`` holds."""
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """Raise ValueError unless ``condition`` holds.
+
+    The message is made only then: it costs time, and writing out a shape would make the compiler
+    take it for a constant.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def check_video(video: Tensor, tubelet: tuple[int, int, int]) -> tuple[int, int, int]:
     """Check a ``(B, C, T, H, W)`` video against a tubelet; return its grid ``(t, h, w)``."""
     check(
         video.dim() == 5,
-        f"video must be (B, C, T, H, W), 5 dimensions, got shape {tuple(video.shape)}",
+        lambda: f"video must be (B, C, T, H, W), 5 dimensions, got shape {tuple(video.shape)}",
     )
     check(
         video.dtype == torch.uint8 or video.is_floating_point(),
-        f"video must be uint8 (0..255) or floating point (normalised), got {video.dtype}",
+        lambda: f"video must be uint8 (0..255) or floating point (normalised), got {video.dtype}",
     )
     check(
         len(tubelet) == 3 and min(tubelet) > 0,
-        f"tubelet must be three positive sizes (pt, ph, pw), got {tuple(tubelet)}",
+        lambda: f"tubelet must be three positive sizes (pt, ph, pw), got {tuple(tubelet)}",
     )
     for name, size, step in zip(
         ("frames", "height", "width"), video.shape[2:], tubelet, strict=True
     ):
-        check(
-            size > 0 and size % step == 0,
-            f"video has {size} {name}, which is not a multiple of the tubelet's {step}",
-        )
+        if size == 0 or size % step:
+            raise ValueError(
+                f"video has {size} {name}, which is not a multiple of the tubelet's {step}"
+            )
     t, h, w = (size // step for size, step in zip(video.shape[2:], tubelet, strict=True))
     return t, h, w
 
@@ -74,11 +78,11 @@ def check_index(name: str, idx: Tensor, batch: int, num_tokens: int) -> None:
     """Check an integer ``(B, n)`` index tensor, and in debug mode what it holds."""
     check(
         idx.dtype in (torch.int32, torch.int64),
-        f"{name} must be int32 or int64, got {idx.dtype}",
+        lambda: f"{name} must be int32 or int64, got {idx.dtype}",
     )
     check(
         idx.dim() == 2 and idx.shape[0] == batch,
-        f"{name} must be (B, n) with B={batch}, got shape {tuple(idx.shape)}",
+        lambda: f"{name} must be (B, n) with B={batch}, got shape {tuple(idx.shape)}",
     )
     if _debug and not torch.compiler.is_compiling():
         _check_positions(name, idx.detach().cpu(), num_tokens)
@@ -106,15 +110,14 @@ def check_channels(name: str, values: tuple[float, ...], channels: int) -> None:
     """Check one value per video channel."""
     check(
         len(values) == channels,
-        f"{name} must hold one value per channel ({channels}), got {len(values)}",
+        lambda: f"{name} must hold one value per channel ({channels}), got {len(values)}",
     )
 
 
 def check_same_device(first: str, tensor: Tensor, **others: Tensor | None) -> None:
     """Check that tensors that meet in one kernel are on one device."""
     for name, other in others.items():
-        check(
-            other is None or other.device == tensor.device,
-            f"{name} is on {None if other is None else other.device} but {first} is on "
-            f"{tensor.device}; move one of them",
-        )
+        if other is not None and other.device != tensor.device:
+            raise ValueError(
+                f"{name} is on {other.device} but {first} is on {tensor.device}; move one of them"
+            )

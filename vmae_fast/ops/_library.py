@@ -60,9 +60,15 @@ def refuse_double_backward(name: str) -> None:
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """What a product with ``weight`` is computed in: autocast's dtype where that is on."""
     kind = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if weight.dtype != torch.float64 and autocasting(weight):
         return torch.get_autocast_dtype(kind)
     return weight.dtype
+
+
+def autocasting(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; never for those that have none."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,10 +76,10 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        if not autocasting(tensor):
             return implementation(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(tensor.device.type, enabled=False):
             return implementation(*args)
 
     return run

@@ -23,7 +23,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
     """
     check(
         qkv.dim() == 3 and qkv.shape[2] % (3 * num_heads) == 0,
-        f"qkv must be (B, N, 3 * {num_heads} heads * K), got shape {tuple(qkv.shape)}",
+        lambda: f"qkv must be (B, N, 3 * {num_heads} heads * K), got shape {tuple(qkv.shape)}",
     )
     q, k, v = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
     return attention_reference(q, k, v, scale)
@@ -46,11 +46,11 @@ def cross_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None =
     """
     check(
         q.dim() == 3 and q.shape[2] % num_heads == 0,
-        f"q must be (B, M, {num_heads} heads * K), got shape {tuple(q.shape)}",
+        lambda: f"q must be (B, M, {num_heads} heads * K), got shape {tuple(q.shape)}",
     )
     check(
         kv.dim() == 3 and kv.shape[0] == q.shape[0] and kv.shape[2] == 2 * q.shape[2],
-        f"kv must be ({q.shape[0]}, N, {2 * q.shape[2]}), got shape {tuple(kv.shape)}",
+        lambda: f"kv must be ({q.shape[0]}, N, {2 * q.shape[2]}), got shape {tuple(kv.shape)}",
     )
     k, v = kv.unflatten(2, (2, num_heads, -1)).unbind(2)
     return attention_reference(q.unflatten(2, (num_heads, -1)), k, v, scale)

@@ -23,7 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     check(
         weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-        f"x must be (..., in) and weight (out, in) with the same in, got shapes "
-        f"{tuple(x.shape)} and {tuple(weight.shape)}",
+        lambda: (
+            f"x must be (..., in) and weight (out, in) with the same in, got shapes "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        ),
     )
     return linear_reference(x, weight, bias)

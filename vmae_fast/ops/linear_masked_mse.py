@@ -12,7 +12,13 @@ from vmae_fast.kernels.masked_mse import takes_pixels
 
 from ._backend import use_triton
 from ._checks import check, check_same_device
-from ._library import compute_dtype, once_differentiable, refuse_double_backward, register
+from ._library import (
+    autocasting,
+    compute_dtype,
+    once_differentiable,
+    refuse_double_backward,
+    register,
+)
 from .masked_mse import check_targets, targets_of
 
 
@@ -60,26 +66,34 @@ def linear_masked_mse(
     targets = check_targets(video, target_idx, tubelet, norm_pix, mean, std)
     check(
         x.dim() == 3 and x.shape[:2] == target_idx.shape,
-        f"x must be (B, S, E) with (B, S) = {tuple(target_idx.shape)}, got shape {tuple(x.shape)}",
+        lambda: (
+            f"x must be (B, S, E) with (B, S) = {tuple(target_idx.shape)}, got shape "
+            f"{tuple(x.shape)}"
+        ),
     )
     expected = (targets.values, x.shape[2])
     check(
         tuple(weight.shape) == expected,
-        f"weight must be (P, E) = {expected}, got shape {tuple(weight.shape)}",
+        lambda: f"weight must be (P, E) = {expected}, got shape {tuple(weight.shape)}",
     )
     check(
         bias is None or tuple(bias.shape) == expected[:1],
-        f"bias must be (P,) = {expected[:1]}, got shape {None if bias is None else (*bias.shape,)}",
+        lambda: (
+            f"bias must be (P,) = {expected[:1]}, got shape "
+            f"{None if bias is None else (*bias.shape,)}"
+        ),
     )
     check(
         scored is None or scored.shape == target_idx.shape,
-        f"scored must be (B, S) = {tuple(target_idx.shape)}, got shape "
-        f"{None if scored is None else (*scored.shape,)}",
+        lambda: (
+            f"scored must be (B, S) = {tuple(target_idx.shape)}, got shape "
+            f"{None if scored is None else (*scored.shape,)}"
+        ),
     )
     dtype = compute_dtype(weight)
     check(
-        x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type),
-        f"x is {x.dtype} but weight is {weight.dtype}; cast one of them",
+        x.dtype == weight.dtype or autocasting(x),
+        lambda: f"x is {x.dtype} but weight is {weight.dtype}; cast one of them",
     )
     check_same_device(
         "video", video, x=x, weight=weight, bias=bias, target_idx=target_idx, scored=scored

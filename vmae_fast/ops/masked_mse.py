@@ -56,13 +56,16 @@ def masked_mse(
     mean over scored tokens.
     """
     targets = check_targets(video, target_idx, tubelet, norm_pix, mean, std)
-    check(reduction in ("mean", "none"), f"reduction must be 'mean' or 'none', got {reduction!r}")
+    check(
+        reduction in ("mean", "none"),
+        lambda: f"reduction must be 'mean' or 'none', got {reduction!r}",
+    )
     expected = (*target_idx.shape, targets.values)
     check(
         tuple(pred.shape) == expected,
-        f"pred must be (B, M, P) = {expected}, got shape {tuple(pred.shape)}",
+        lambda: f"pred must be (B, M, P) = {expected}, got shape {tuple(pred.shape)}",
     )
-    check(pred.is_floating_point(), f"pred must be floating point, got {pred.dtype}")
+    check(pred.is_floating_point(), lambda: f"pred must be floating point, got {pred.dtype}")
     check_same_device("video", video, pred=pred, target_idx=target_idx, scored=scored)
     keep = torch.is_grad_enabled() and pred.requires_grad
     per_token, _ = _masked_mse(pred, *targets, keep)
@@ -114,7 +117,9 @@ def weighted_mean(per_token: Tensor, scored: Tensor | None) -> Tensor:
         return per_token.mean()
     check(
         scored.shape == per_token.shape,
-        f"scored must be (B, M) = {tuple(per_token.shape)}, got shape {tuple(scored.shape)}",
+        lambda: (
+            f"scored must be (B, M) = {tuple(per_token.shape)}, got shape {tuple(scored.shape)}"
+        ),
     )
     weight = scored.to(per_token.dtype)
     return (per_token * weight).sum() / weight.sum()

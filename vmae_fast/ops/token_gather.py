@@ -31,8 +31,8 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
         ValueError: a shape, dtype or device does not fit.
         IndexError: in debug mode, a position is out of range or given twice.
     """
-    check(x.dim() == 3, f"x must be (B, N, D), got shape {tuple(x.shape)}")
-    check(x.is_floating_point(), f"x must be floating point, got {x.dtype}")
+    check(x.dim() == 3, lambda: f"x must be (B, N, D), got shape {tuple(x.shape)}")
+    check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
     check_index("idx", idx, x.shape[0], x.shape[1])
     check_same_device("x", x, idx=idx)
     return _gather_tokens(x, idx)
@@ -66,21 +66,23 @@ def decoder_tokens(
 
     Source: VideoMAE (arXiv 2203.12602), the decoder's input.
     """
-    check(visible.dim() == 3, f"visible must be (B, V, E), got shape {tuple(visible.shape)}")
+    check(
+        visible.dim() == 3, lambda: f"visible must be (B, V, E), got shape {tuple(visible.shape)}"
+    )
     batch, num_visible, width = visible.shape
     check(
         tuple(mask_token.shape) == (width,),
-        f"mask_token must be (E,) = ({width},), got shape {tuple(mask_token.shape)}",
+        lambda: f"mask_token must be (E,) = ({width},), got shape {tuple(mask_token.shape)}",
     )
     check(
         pos_embed.dim() == 2 and pos_embed.shape[1] == width,
-        f"pos_embed must be (N, {width}), got shape {tuple(pos_embed.shape)}",
+        lambda: f"pos_embed must be (N, {width}), got shape {tuple(pos_embed.shape)}",
     )
     check_index("visible_idx", visible_idx, batch, pos_embed.shape[0])
     check_index("decode_idx", decode_idx, batch, pos_embed.shape[0])
     check(
         visible_idx.shape[1] == num_visible,
-        f"visible_idx names {visible_idx.shape[1]} tokens but visible holds {num_visible}",
+        lambda: f"visible_idx names {visible_idx.shape[1]} tokens but visible holds {num_visible}",
     )
     check_same_device(
         "visible",

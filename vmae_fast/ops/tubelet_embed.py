@@ -13,7 +13,7 @@ from vmae_fast.kernels.tubelet_embed import Tubelets
 
 from ._backend import use_triton
 from ._checks import check, check_channels, check_index, check_same_device, check_video
-from ._library import compute_dtype, once_differentiable, register
+from ._library import autocasting, compute_dtype, once_differentiable, register
 
 
 def tubelet_embed(
@@ -53,28 +53,30 @@ def tubelet_embed(
     """
     check(
         weight.dim() == 5,
-        f"weight must be (D, C, pt, ph, pw), got shape {tuple(weight.shape)}",
+        lambda: f"weight must be (D, C, pt, ph, pw), got shape {tuple(weight.shape)}",
     )
     pt, ph, pw = weight.shape[2:]
     t, h, w = check_video(video, (pt, ph, pw))
     check(
         video.shape[1] == weight.shape[1],
-        f"video has {video.shape[1]} channels but weight expects {weight.shape[1]}",
+        lambda: f"video has {video.shape[1]} channels but weight expects {weight.shape[1]}",
     )
     if bias is not None:
         check(
             tuple(bias.shape) == (weight.shape[0],),
-            f"bias must be (D,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}",
+            lambda: f"bias must be (D,) = ({weight.shape[0]},), got shape {tuple(bias.shape)}",
         )
     check(
         weight.is_floating_point() and (bias is None or bias.dtype == weight.dtype),
-        f"weight and bias must be of one floating dtype, got {weight.dtype} and "
-        f"{None if bias is None else bias.dtype}",
+        lambda: (
+            f"weight and bias must be of one floating dtype, got {weight.dtype} and "
+            f"{None if bias is None else bias.dtype}"
+        ),
     )
     if video.is_floating_point():
         check(
-            video.dtype == weight.dtype or torch.is_autocast_enabled(video.device.type),
-            f"video is {video.dtype} but weight is {weight.dtype}; cast one of them",
+            video.dtype == weight.dtype or autocasting(video),
+            lambda: f"video is {video.dtype} but weight is {weight.dtype}; cast one of them",
         )
     else:
         check_channels("mean", mean, video.shape[1])
@@ -83,7 +85,7 @@ def tubelet_embed(
         expected = (t * h * w, weight.shape[0])
         check(
             tuple(pos_embed.shape) == expected,
-            f"pos_embed must be (N, D) = {expected}, got shape {tuple(pos_embed.shape)}",
+            lambda: f"pos_embed must be (N, D) = {expected}, got shape {tuple(pos_embed.shape)}",
         )
     if visible_idx is not None:
         check_index("visible_idx", visible_idx, video.shape[0], t * h * w)
