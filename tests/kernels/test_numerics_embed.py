@@ -226,6 +226,21 @@ def test_grey_video(way, dtype, device):
     compare(inputs, pos=False, gradients=False)
 
 
+def test_video_of_the_mean(dtype, device, monkeypatch):
+    """What is left of it is nearly nothing, and must not be the rounding of the folded weight.
+
+    The other way forward rounds its product, where the library does not give it in fp32.
+    """
+    monkeypatch.setattr(kernel, "forward_way", "one_kernel")
+    inputs = Inputs("odd", "uint8", "contiguous", None, dtype, device)
+    for channel, mean in enumerate(inputs.mean):
+        inputs.video[:, channel] = round(255 * mean)
+    inputs.pos = torch.zeros_like(inputs.pos, dtype=torch.float32)
+    # 255 * mean is next to a whole number: fp32 has few digits left of the difference.
+    inputs.mean = tuple(mean + 1e-3 for mean in inputs.mean)
+    compare(inputs, bias=False, gradients=False)
+
+
 @pytest.mark.parametrize(
     ("wanted", "kind"),
     [

@@ -94,3 +94,13 @@ def test_inference_keeps_nothing(use_of):
     assert not out.requires_grad
     with torch.inference_mode():
         assert torch.equal(use(), out)
+
+
+def test_tensors_without_data(use_of):
+    """On the device "meta", as a model too large for this machine is looked at."""
+    use = use_of()
+    leaves = [leaf.detach().to("meta").requires_grad_() for leaf in use.leaves]
+    out = use.function(*leaves, *(one.to("meta") for one in use.rest))
+    assert (out.shape, out.dtype, out.device.type) == (use().shape, use().dtype, "meta")
+    out.sum().backward()
+    assert [leaf.grad.shape for leaf in leaves] == [leaf.shape for leaf in leaves]

@@ -122,3 +122,12 @@ GOOD = {
 def test_decoder_tokens_errors(name, value, message):
     with pytest.raises(ValueError, match=message):
         decoder_tokens(**{**GOOD, name: value})
+
+
+@pytest.mark.parametrize("name", ["mask_token", "pos_embed", "visible_idx", "decode_idx"])
+def test_tensors_on_two_devices(name):
+    message = f"^{name} is on meta but visible is on cpu; move one of them$"
+    with pytest.raises(ValueError, match=message):
+        decoder_tokens(**{**GOOD, name: GOOD[name].to("meta")})
+    with pytest.raises(ValueError, match=r"^idx is on meta but x is on cpu; move one of them$"):
+        gather_tokens(torch.zeros(2, 5, 3), IDX.to("meta"))

@@ -13,7 +13,7 @@ from helpers import (
     relative_error,
 )
 
-from vmae_fast.ops import tubelet_embed
+from vmae_fast.ops import debug, tubelet_embed
 
 # batch, channels, tubelet, grid, width
 CASES = {
@@ -153,17 +153,13 @@ def test_gradients(case, layout):
             assert relative_error(got, expected) < EXACT_RTOL
 
 
-def test_a_position_named_twice_counts_twice():
+def test_a_position_named_twice_is_against_the_contract():
     case = CASES["square"]
-    idx = torch.tensor([[4, 4, 0], [29, 0, 29]])
-    grads = []
-    for function in (tubelet_embed, conv3d_gathered):
-        video = make_video(video_shape(case), torch.float64).requires_grad_()
-        weight, bias, pos = (p.requires_grad_() for p in parameters(case))
-        out = function(video, weight, bias, pos, idx)
-        grads.append(torch.autograd.grad(out.square().sum(), (video, weight, bias, pos)))
-    for got, expected in zip(*grads, strict=True):
-        assert relative_error(got, expected) < EXACT_RTOL
+    video, weight = make_video(video_shape(case), torch.float64), parameters(case)[0]
+    idx = torch.tensor([[4, 7, 0], [29, 0, 29]])
+    message = "visible_idx holds 29 more than once in clip 1; positions must be distinct"
+    with debug(), pytest.raises(IndexError, match=message):
+        tubelet_embed(video, weight, visible_idx=idx)
 
 
 def test_inputs_are_left_alone():
@@ -226,3 +222,15 @@ ERRORS = {
 def test_errors(arguments, keywords, message):
     with pytest.raises(ValueError, match=message):
         tubelet_embed(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "pos_embed", "visible_idx"])
+def test_tensors_on_two_devices(name):
+    arguments = {
+        "video": VIDEO, "weight": WEIGHT, "bias": torch.zeros(5), "pos_embed": torch.zeros(8, 5),
+        "visible_idx": torch.zeros(2, 3, dtype=torch.int64),
+    }  # fmt: skip
+    arguments[name] = arguments[name].to("meta")
+    message = f"^{name} is on meta but video is on cpu; move one of them$"
+    with pytest.raises(ValueError, match=message):
+        tubelet_embed(**arguments)

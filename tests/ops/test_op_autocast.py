@@ -1,0 +1,196 @@
+"""Ops under autocast to bf16: dtypes as documented, gradients as accurate as autocast allows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_as_accurate_as_eager, make_video, random_positions, relative_error
+
+from vmae_fast import ops
+
+LOW = torch.bfloat16
+SIZE = (2, 4, 4)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def normal(*shape, seed=0, device="cpu"):
+    """fp32, but such numbers as bf16 holds: casting them rounds nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(LOW).float().to(device)
+
+
+def embedding(device, pos_dtype=torch.float32):
+    weight, bias = normal(24, 3, *SIZE, device=device), normal(24, seed=1, device=device)
+    pos = normal(18, 24, seed=2, device=device).to(pos_dtype)
+    leaves = [one.requires_grad_() for one in (weight, bias, pos)]
+    return leaves, random_positions(4, 18, 11).to(device)
+
+
+def conv3d_gathered(video, weight, bias, pos, idx):
+    tokens = F.conv3d(video, weight, bias, stride=SIZE).flatten(2).transpose(1, 2) + pos
+    return torch.stack([tokens[b, idx[b]] for b in range(len(tokens))])
+
+
+@pytest.mark.parametrize("video_dtype", [torch.uint8, torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("pos_dtype", [torch.float32, LOW, None], ids=str)
+def test_dtypes_of_tubelet_embed(video_dtype, pos_dtype, device):
+    (weight, bias, pos), idx = embedding(device, pos_dtype or LOW)
+    video = make_video((4, 3, 4, 12, 12), video_dtype).to(device)
+    with torch.autocast(device.type, LOW):
+        out = ops.tubelet_embed(video, weight, bias, None if pos_dtype is None else pos, idx)
+    assert out.dtype == (torch.float32 if pos_dtype == torch.float32 else LOW)
+    out.sum().backward()
+    for leaf in (weight, bias, pos):
+        assert leaf.grad is None if leaf is pos and pos_dtype is None else leaf.grad is not None
+        assert leaf.grad is None or leaf.grad.dtype == leaf.dtype
+    assert weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+def test_tubelet_embed_is_as_accurate_as_conv3d_under_autocast(device):
+    leaves, idx = embedding(device)
+    video = make_video((4, 3, 4, 12, 12), torch.float32).to(device)
+    upstream = normal(4, 11, 24, seed=5, device=device)
+
+    def run(function, kind):
+        own = [leaf.detach().to(kind).requires_grad_() for leaf in leaves]
+        with torch.autocast(device.type, LOW, enabled=kind == torch.float32):
+            out = function(video.to(kind), *own, idx)
+        return out, *torch.autograd.grad(out, own, upstream.to(kind))
+
+    truth = run(conv3d_gathered, torch.float64)
+    eager = run(conv3d_gathered, torch.float32)
+    for triple in zip(run(ops.tubelet_embed, torch.float32), eager, truth, strict=True):
+        assert_as_accurate_as_eager(*triple)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "pos"])
+def test_gradients_of_tubelet_embed_are_added_up_in_fp32(name, device):
+    """Nothing that goes in is rounded by bf16, so fp32 gradients should not look as if."""
+    leaves, idx = embedding(device)
+    video = normal(4, 3, 4, 12, 12, seed=3, device=device)
+    upstream = normal(4, 11, 24, seed=5, device=device)
+    with torch.autocast(device.type, LOW):
+        out = ops.tubelet_embed(video, *leaves, idx)
+    place = ["weight", "bias", "pos"].index(name)
+    got = torch.autograd.grad(out, leaves, upstream)[place]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = conv3d_gathered(video.double(), *exact, idx)
+    truth = torch.autograd.grad(out, exact, upstream.double())[place]
+    assert got.dtype == torch.float32
+    assert relative_error(got, truth) < 0.01 * relative_error(truth.to(LOW), truth)
+
+
+def test_moving_tokens_keeps_dtypes(device):
+    x, idx = normal(2, 9, 6, device=device), random_positions(2, 9, 4).to(device)
+    mask_token, pos = normal(6, device=device), normal(9, 6, device=device)
+    with torch.autocast(device.type, LOW):
+        taken = ops.gather_tokens(x, idx)
+        wide = ops.decoder_tokens(taken.to(LOW), mask_token, pos, idx, idx)
+        low = ops.decoder_tokens(taken.to(LOW), mask_token.to(LOW), pos.to(LOW), idx, idx)
+    assert (taken.dtype, wide.dtype, low.dtype) == (torch.float32, torch.float32, LOW)
+
+
+def test_the_loss_of_low_predictions_is_fp32(device):
+    video = make_video((2, 3, 4, 8, 8), torch.uint8).to(device)
+    idx = random_positions(2, 8, 5).to(device)
+    pred = normal(2, 5, 96, device=device).to(LOW).requires_grad_()
+    with torch.autocast(device.type, LOW):
+        loss = ops.masked_mse(pred, video, idx, SIZE)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert pred.grad.dtype == LOW
+    exact = pred.detach().double().requires_grad_()
+    truth = ops.masked_mse(exact, video, idx, SIZE)
+    truth.backward()
+    assert relative_error(loss, truth) < 1e-6
+    assert relative_error(pred.grad, exact.grad) < torch.finfo(LOW).eps
+
+
+def head(device):
+    leaves = (normal(4, 7, 16, device=device), normal(96, 16, seed=1, device=device) / 4,
+              normal(96, seed=2, device=device))  # fmt: skip
+    idx = random_positions(4, 18, 7).to(device)
+    return [leaf.requires_grad_() for leaf in leaves], idx
+
+
+def test_linear_masked_mse_is_as_accurate_as_two_steps_under_autocast(device):
+    leaves, idx = head(device)
+    video = make_video((4, 3, 4, 12, 12), torch.uint8).to(device)
+
+    def run(function, kind):
+        own = [leaf.detach().to(kind).requires_grad_() for leaf in leaves]
+        with torch.autocast(device.type, LOW, enabled=kind == torch.float32):
+            loss = function(own)
+        assert loss.dtype == kind
+        return torch.autograd.grad(loss, own)
+
+    def fused(own):
+        return ops.linear_masked_mse(*own, video, idx, SIZE)
+
+    def two_steps(own):
+        return ops.masked_mse(F.linear(*own), video, idx, SIZE)
+
+    got, eager = run(fused, torch.float32), run(two_steps, torch.float32)
+    for triple in zip(got, eager, run(two_steps, torch.float64), strict=True):
+        assert triple[0].dtype == torch.float32
+        assert_as_accurate_as_eager(*triple)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, LOW], ids=str)
+def test_dtypes_of_linear_masked_mse(x_dtype, device):
+    (x, weight, bias), idx = head(device)
+    x = x.detach().to(x_dtype).requires_grad_()
+    video = make_video((4, 3, 4, 12, 12), torch.uint8).to(device)
+    with torch.autocast(device.type, LOW):
+        loss = ops.linear_masked_mse(x, weight, bias, video, idx, SIZE)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert [leaf.grad.dtype for leaf in (x, weight, bias)] == [x_dtype, *[torch.float32] * 2]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_gradients_of_linear_masked_mse_are_added_up_in_fp32(name, device):
+    """Predictions of zero and targets that are multiples of 1/8: differences that bf16 holds."""
+    (x, weight, bias), idx = head(device)
+    leaves = (x, torch.zeros_like(weight), torch.zeros_like(bias))
+    video = (normal(4, 3, 4, 12, 12, seed=4, device=device) * 8).round() / 8
+    options = {"norm_pix": False, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    place = ["x", "weight", "bias"].index(name)
+
+    def gradient(kind):
+        own = [leaf.detach().to(kind).requires_grad_() for leaf in leaves]
+        with torch.autocast(device.type, LOW, enabled=kind == torch.float32):
+            loss = ops.linear_masked_mse(*own, video.to(kind), idx, SIZE, **options)
+        return torch.autograd.grad(loss, own)[place]
+
+    truth = gradient(torch.float64)
+    rounded = relative_error(truth.to(LOW), truth)
+    assert relative_error(gradient(torch.float32), truth) < 0.01 * rounded
+
+
+def test_fp64_is_left_alone(device):
+    """As torch's own operations do under autocast."""
+    leaves, idx = embedding(device)
+    video = make_video((4, 3, 4, 12, 12), torch.float64).to(device)
+    exact = [leaf.detach().double() for leaf in leaves]
+    with torch.autocast(device.type, LOW):
+        out = ops.tubelet_embed(video, *exact, idx)
+    assert out.dtype == torch.float64
+    assert relative_error(out, conv3d_gathered(video, *exact, idx)) < 1e-12
+
+
+def test_compiled_under_autocast_is_eager(device):
+    torch.compiler.reset()
+    leaves, idx = embedding(device)
+    video = make_video((4, 3, 4, 12, 12), torch.uint8).to(device)
+
+    def function(*own):
+        with torch.autocast(device.type, LOW):
+            return ops.tubelet_embed(video, *own, idx)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(
+        torch.autograd.grad(compiled(*leaves).square().sum(), leaves),
+        torch.autograd.grad(function(*leaves).square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
