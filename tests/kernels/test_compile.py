@@ -108,7 +108,7 @@ def launch_token_gather(given):
     token_gather.position_gradient_triton(unseen, given.decode_idx, given.num_tokens)
 
 
-def launch_embed(given, idx):
+def launch_embed(given, idx, ways=tubelet_embed.FORWARD_WAYS, backward=True):
     sizes = given.sizes
     tubelets = tubelet_embed.Tubelets(
         given.video, idx, sizes.tubelet, *given.statistics, given.dtype
@@ -117,11 +117,12 @@ def launch_embed(given, idx):
     bias = given.empty(sizes.width)
     position = torch.float32 if sizes.wide_position else given.dtype
     pos = given.empty(given.num_tokens, sizes.width, dtype=position)
-    for way in tubelet_embed.FORWARD_WAYS:
+    for way in ways:
         with mock.patch.object(tubelet_embed, "forward_way", way):
             out = tubelet_embed.tubelet_embed_triton(tubelets, weight, bias, pos)
-    floating = given.video.is_floating_point()
-    tubelet_embed.tubelet_embed_backward_triton(tubelets, weight, out, True, True, True, floating)
+    if backward:
+        needs = (True, True, True, given.video.is_floating_point())
+        tubelet_embed.tubelet_embed_backward_triton(tubelets, weight, out, *needs)
 
 
 def targets_of(given):
@@ -158,15 +159,17 @@ def launch_floating(dtype):
 
 
 def launch_scattered(dtype):
-    """Tubelets whose lines of 14 pixels are not of 16 bytes."""
+    """Tubelets whose lines of 14 pixels are not of 16 bytes: another table of the embedding."""
     given = Inputs(VARIANTS["giant"], dtype)
-    launch_embed(given, given.visible_idx)
+    launch_embed(given, given.visible_idx, ways=("one_kernel",), backward=False)
 
 
 def launch_large_tubelets(dtype):
     """Tubelets for the rows of the loss's table that base needs none of."""
     for tubelet in ((4, 32, 32), (4, 64, 64)):
-        launch_losses(Inputs(replace(BASE, tubelet=tubelet, image=128), dtype))
+        given = Inputs(replace(BASE, tubelet=tubelet, image=128), dtype)
+        pred = given.empty(*given.decode_idx.shape, given.sizes.values)
+        masked_mse.masked_mse_triton(pred, targets_of(given), True)
 
 
 @pytest.fixture(scope="module")
