@@ -87,7 +87,12 @@ def launch(kernel: Any, programs: int, *args: Any, row: Row, **constants: Any) -
     """Run ``kernel`` in so many programs along x, the one grid axis that cannot overflow."""
     if programs == 0:
         return
-    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    # Said, because Triton's default is about to change.
+    options = {
+        "num_warps": row.num_warps,
+        "num_stages": row.num_stages,
+        "enable_fp_fusion": True,
+    }
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -39,7 +39,6 @@ _CHUNK_VALUES = 1 << 18
 _LOSS = {
     1024: Row(num_warps=4, num_stages=1),
     4096: Row(num_warps=8, num_stages=1),
-    16384: Row(num_warps=16, num_stages=1),
 }
 _SCALE = Row({"BLOCK_R": 4, "BLOCK_P": 512}, num_warps=4, num_stages=1)
 
@@ -327,9 +326,12 @@ def differences_triton(targets: Targets) -> Differences:
     return turn
 
 
-def takes_pixels(pixels: int) -> bool:
-    """Whether the kernel can hold a channel of a tubelet of so many pixels."""
-    return power_of_2(pixels) <= max(_LOSS)
+def too_large(targets: Targets) -> str:
+    """What the kernel cannot hold of these targets, in words; "" if it can hold them."""
+    most = max(_LOSS)
+    if power_of_2(targets.pixels) <= most:
+        return ""
+    return f"tubelets of more than {most} pixels, got {targets.pixels}"
 
 
 def _launch_loss(

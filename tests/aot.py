@@ -153,7 +153,11 @@ def compile_launch(launch: Launch) -> Compiled:
         made = triton.compile(
             source,
             target=GPUTarget("cuda", launch.target, 32),
-            options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+            options={
+                "num_warps": launch.num_warps,
+                "num_stages": launch.num_stages,
+                "enable_fp_fusion": True,
+            },
         )
     registers, stack_bytes = _resources(made.asm["cubin"])
     return Compiled(made.asm["ptx"], registers, stack_bytes, made.metadata.shared)

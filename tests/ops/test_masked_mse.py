@@ -356,3 +356,11 @@ def test_tensors_on_two_devices(name):
         del arguments["pred"]
         with pytest.raises(ValueError, match=message):
             zero_prediction_mse(**arguments)
+
+
+def test_one_pixel_cannot_be_normalised():
+    video, idx = make_video((1, 2, 1, 2, 2), torch.uint8), torch.tensor([[0, 3]])
+    pred, statistics = torch.zeros(1, 2, 2), {"mean": (0.5, 0.5), "std": (0.2, 0.2)}
+    with pytest.raises(ValueError, match=r"norm_pix needs tubelets of more than one pixel"):
+        masked_mse(pred, video, idx, (1, 1, 1), **statistics)
+    assert masked_mse(pred, video, idx, (1, 1, 1), norm_pix=False, **statistics) > 0

@@ -73,12 +73,15 @@ def backend_summary() -> str:
     )
 
 
-def use_triton(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> bool:
+def use_triton(
+    *tensors: Tensor | None, dtype: torch.dtype | None = None, too_large: str = ""
+) -> bool:
     """Whether Triton kernels are to run on these tensors.
 
     Args:
         *tensors: what the kernels read; the first one's device decides.
         dtype: what they compute in, where no tensor says it.
+        too_large: what of the arguments the kernels cannot hold, in words; "" if they can.
 
     Raises:
         RuntimeError: Triton was demanded and cannot run.
@@ -90,8 +93,10 @@ def use_triton(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> boo
     floats += [] if dtype is None else [dtype]
     wrong = [kind for kind in floats if kind not in _launch.FLOAT_DTYPES]
     device = given[0].device
-    if not wrong and _launch.available(device):
+    if not wrong and not too_large and _launch.available(device):
         return True
+    if _chosen == "triton" and too_large:
+        raise RuntimeError(f"backend triton cannot take {too_large}")
     if _chosen == "triton":
         raise RuntimeError(
             f"backend triton takes float32, float16 and bfloat16, got {wrong[0]}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vmae_fast.kernels import linear_masked_mse as kernels
-from vmae_fast.kernels.masked_mse import takes_pixels
+from vmae_fast.kernels.masked_mse import too_large
 
 from ._backend import use_triton
 from ._checks import check, check_same_device
@@ -109,7 +109,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *targets_args, keep = rest
     targets = targets_of(*targets_args)
-    triton = use_triton(targets.video, x) and takes_pixels(targets.pixels)
+    triton = use_triton(targets.video, x, too_large=too_large(targets))
     run = kernels.linear_masked_mse_triton if triton else kernels.linear_masked_mse_reference
     loss, *grads = run(x, weight, bias, targets, scored, keep)
     grad_x, grad_weight, grad_bias = (loss.new_empty(0) if g is None else g for g in grads)

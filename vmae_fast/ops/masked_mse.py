@@ -135,6 +135,10 @@ def check_targets(
 ) -> Targets:
     """Check the arguments that say what is to be predicted, and put them together."""
     t, h, w = check_video(video, tubelet)
+    check(
+        not norm_pix or tubelet[0] * tubelet[1] * tubelet[2] > 1,
+        lambda: f"norm_pix needs tubelets of more than one pixel, got {tuple(tubelet)}",
+    )
     check_index("target_idx", target_idx, video.shape[0], t * h * w)
     check_channels("mean", mean, video.shape[1])
     check_channels("std", std, video.shape[1])
@@ -157,7 +161,7 @@ def targets_of(
 def _forward(pred: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *targets_args, keep = rest
     targets = targets_of(*targets_args)
-    if use_triton(targets.video, pred) and kernels.takes_pixels(targets.pixels):
+    if use_triton(targets.video, pred, too_large=kernels.too_large(targets)):
         per_token, kept = kernels.masked_mse_triton(pred, targets, keep)
     else:
         per_token, kept = kernels.masked_mse_reference(pred, targets, keep)
