@@ -76,11 +76,14 @@ def target_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def pick(table: Mapping[tuple[int, torch.dtype], Row], device: torch.device, dtype: Any) -> Row:
-    """The table's row for a device and dtype: of the newest listed target it is not older than."""
+def pick(table: Mapping[Any, Row], device: torch.device, *rest: Any) -> Row:
+    """The table's row for a device and what else the table is keyed by, a dtype first.
+
+    That of the newest listed target the device is not older than.
+    """
     at_hand = target_of(device)
-    listed = max(target for target, kind in table if kind == dtype and target <= at_hand)
-    return table[listed, dtype]
+    listed = max(key[0] for key in table if key[1:] == rest and key[0] <= at_hand)
+    return table[(listed, *rest)]
 
 
 def launch(kernel: Any, programs: int, *args: Any, row: Row, **constants: Any) -> None:

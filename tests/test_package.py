@@ -114,7 +114,7 @@ def test_imports_run_one_way():
         ("vmae_fast/models/videomae.py", "from vmae_fast import VideoMAE"),
         ("vmae_fast/ops/attention.py", "def f():\n    from vmae_fast import nn"),
         ("vmae_fast/ops/attention.py", "from vmae_fast._files import atomic_file"),
-        ("vmae_fast/ops/__init__.py", "from ..nn import Block"),
+        ("vmae_fast/ops/__init__.py", "from ..nn import JointSpaceTimeBlock"),
         ("vmae_fast/nn/block.py", "if TYPE_CHECKING:\n    from vmae_fast.masking import Mask"),
         ("vmae_fast/data/dataset.py", "from vmae_fast.masking import clip_keys"),
         ("vmae_fast/data/dataset.py", "importlib.import_module('vmae_fast.models')"),
@@ -225,8 +225,12 @@ WITH_EXAMPLES = [
     vmae_fast,
     vmae_fast.VideoMAE,
     vmae_fast.nn.TubeletEmbed,
+    vmae_fast.nn.Attention,
+    vmae_fast.nn.DividedSpaceTimeBlock,
     vmae_fast.nn.GatherVisible,
+    vmae_fast.nn.JointSpaceTimeBlock,
     vmae_fast.nn.MaskedMSELoss,
+    vmae_fast.ops.attention_kernel,
     vmae_fast.ops.backend,
     vmae_fast.ops.debug,
 ]
@@ -284,7 +288,9 @@ def test_the_command_line_sets_up_before_torch_is_loaded():
 
 
 def test_sub_packages_are_attributes():
-    script = "import vmae_fast; vmae_fast.ops.linear; vmae_fast.nn.Block; vmae_fast.Mask"
+    script = (
+        "import vmae_fast; vmae_fast.ops.linear; vmae_fast.nn.JointSpaceTimeBlock; vmae_fast.Mask"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="no attribute 'VideoMAF'"):
         vmae_fast.VideoMAF  # noqa: B018

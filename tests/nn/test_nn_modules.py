@@ -11,9 +11,9 @@ from helpers import EXACT_RTOL, make_video, random_positions, randomise, relativ
 from vmae_fast.nn import (
     MLP,
     Attention,
-    Block,
     DropPath,
     GatherVisible,
+    JointSpaceTimeBlock,
     MaskedMSELoss,
     TubeletEmbed,
 )
@@ -147,7 +147,7 @@ def test_attention_of_the_last_tokens(num_queries, qkv_bias):
 @pytest.mark.parametrize("num_queries", [1, 5, 13])
 @pytest.mark.parametrize("init_values", [0.0, 0.3])
 def test_block_of_the_last_tokens(num_queries, init_values):
-    block = Block(15, 3, 22, init_values=init_values).double()
+    block = JointSpaceTimeBlock(15, 3, 22, init_values=init_values).double()
     randomise(block)
     tail_equals_full(block, 15, num_queries)
 
@@ -174,7 +174,7 @@ def test_mlp_has_the_exact_gelu():
 @pytest.mark.parametrize("eps", [1e-6, 1e-1])
 def test_block(init_values, eps):
     width, heads = 12, 3
-    block = Block(width, heads, 17, init_values=init_values, eps=eps).double()
+    block = JointSpaceTimeBlock(width, heads, 17, init_values=init_values, eps=eps).double()
     if init_values:
         for gamma in (block.gamma_1, block.gamma_2):
             assert torch.equal(gamma, torch.full((width,), 0.1).double())
@@ -226,9 +226,9 @@ def test_drop_path_error(rate):
 
 
 def test_block_with_drop_path():
-    block = Block(8, 2, 16, drop_path=0.5).double()
+    block = JointSpaceTimeBlock(8, 2, 16, drop_path=0.5).double()
     randomise(block)
-    plain = Block(8, 2, 16).double()
+    plain = JointSpaceTimeBlock(8, 2, 16).double()
     plain.load_state_dict(block.state_dict())
     x = normal(64, 5, 8)
     assert torch.equal(block.eval()(x), plain(x))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmae_fast import ops
 from vmae_fast.masking import Mask
-from vmae_fast.nn import Block, Linear, TubeletEmbed
+from vmae_fast.nn import JointSpaceTimeBlock, Linear, TubeletEmbed
 
 from .config import VideoMAEConfig
 
@@ -41,7 +41,7 @@ def _blocks(
 ) -> nn.ModuleList:
     rates = [config.drop_path * index / max(depth - 1, 1) for index in range(depth)]
     return nn.ModuleList(
-        Block(
+        JointSpaceTimeBlock(
             width,
             heads,
             hidden,

@@ -1,7 +1,7 @@
 """Drop-in modules over the ops: parameters named and shaped as in what they replace."""
 
-from .attention import Attention
-from .block import MLP, Block, DropPath
+from .attention import Attention, DividedAttention
+from .block import MLP, DividedSpaceTimeBlock, DropPath, JointSpaceTimeBlock
 from .embed import GatherVisible, TubeletEmbed
 from .linear import Linear
 from .loss import MaskedMSELoss
@@ -9,9 +9,11 @@ from .loss import MaskedMSELoss
 __all__ = [
     "MLP",
     "Attention",
-    "Block",
+    "DividedAttention",
+    "DividedSpaceTimeBlock",
     "DropPath",
     "GatherVisible",
+    "JointSpaceTimeBlock",
     "Linear",
     "MaskedMSELoss",
     "TubeletEmbed",

@@ -3,9 +3,11 @@
 Implementations live in :mod:`vmae_fast.kernels`; models and trainer never call those directly.
 """
 
+from ._attention_choice import attention_kernel
 from ._backend import backend, backend_summary
 from ._checks import debug
 from .attention import attention, cross_attention
+from .divided_attention import ATTENTION_AXES, divided_attention
 from .linear import linear
 from .linear_masked_mse import linear_masked_mse
 from .masked_mse import masked_mse, pixel_targets, weighted_mean, zero_prediction_mse
@@ -13,12 +15,15 @@ from .token_gather import decoder_tokens, gather_tokens
 from .tubelet_embed import tubelet_embed
 
 __all__ = [
+    "ATTENTION_AXES",
     "attention",
+    "attention_kernel",
     "backend",
     "backend_summary",
     "cross_attention",
     "debug",
     "decoder_tokens",
+    "divided_attention",
     "gather_tokens",
     "linear",
     "linear_masked_mse",

@@ -54,6 +54,11 @@ def backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
+def chosen_backend() -> str:
+    """What :func:`backend` or the environment variable demands."""
+    return _chosen
+
+
 def backend_summary() -> str:
     """One line on what runs where, for people."""
     if _chosen == "reference":

@@ -1,0 +1,202 @@
+"""Attention among few tokens: several short sequences in one tile, each seeing its own alone.
+
+For columns of a grid along time (2 to 32 tokens) and small rows across space. All logits of a tile
+are on the chip at once, so the backward pass reads neither the output nor sums over it. What is
+computed of other sequences' logits is thrown away; the time goes into moving q, k and v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import _launch
+from ._launch import FLOAT_DTYPES, Row, cdiv, jit, tl
+from .attention_tiles import (
+    HEAD_PARTS,
+    LOG2_E,
+    Results,
+    Sequences,
+    Three,
+    add_product,
+    as_constants,
+    cast,
+    from_log2,
+    inner,
+    load_parts,
+    scaled,
+    store_parts,
+    to_log2,
+    token_at,
+    zeros,
+)
+
+# The longest sequence that a tile holds, and the tiles there are.
+MOST_PACKED = 64
+_TILES = (32, 64)
+
+
+_FORWARD = {
+    (80, dtype, width, tile): Row({"BLOCK": tile}, num_warps=4, num_stages=1)
+    for dtype in FLOAT_DTYPES
+    for width in HEAD_PARTS
+    for tile in _TILES
+}
+_BACKWARD = _FORWARD
+
+
+@jit
+def _rows_of_tile(tile, length, per_tile, num_sequences, groups, BLOCK: tl.constexpr):
+    """Of each row of a tile: clip (int64), sequence of it, position in it, whether there is one."""
+    row = tl.arange(0, BLOCK)
+    sequence = tile * per_tile + row // length
+    mask = (row < per_tile * length) & (sequence < num_sequences)
+    return (sequence // groups).to(tl.int64), sequence % groups, row % length, mask
+
+
+@jit
+def _of_one_sequence(length, BLOCK: tl.constexpr):
+    """Which rows of a tile are of one sequence, (BLOCK, BLOCK)."""
+    # Rows that are no tokens see each other: not a softmax of nothing.
+    row = tl.arange(0, BLOCK) // length
+    return row[:, None] == row[None, :]
+
+
+@jit
+def _packed_attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, class_out_ptr,
+    num_sequences, per_tile, length, heads, groups, step, stride,
+    stride_clip, stride_token, stride_out_clip, scale_log2,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CLASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head of per_tile whole sequences.
+
+    Grid: tiles x heads, heads fastest. Writes all of out, lse and class_out.
+    """
+    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    clip, group, position, mask = _rows_of_tile(
+        tile, length, per_tile, num_sequences, groups, BLOCK
+    )
+    token = token_at(position, group, step, stride, CLASS)
+    rows = clip * stride_clip + token * stride_token + head * K
+    q = load_parts(q_ptr, rows, mask, True, K, K0, K1)
+    k = load_parts(k_ptr, rows, mask, True, K, K0, K1)
+    v = load_parts(v_ptr, rows, mask, True, K, K0, K1)
+    logits = tl.where(_of_one_sequence(length, BLOCK), inner(q, k) * scale_log2, float("-inf"))
+    top = tl.max(logits, axis=1)
+    weights = tl.exp2(logits - top[:, None])
+    total = tl.sum(weights, axis=1)
+    acc = add_product(zeros(BLOCK, K0, K1), weights.to(v[0].dtype), v)
+    sequence = clip * groups + group
+    rows = clip * stride_out_clip + token * (heads * K) + head * K
+    store_parts(
+        out_ptr, class_out_ptr, rows, (sequence * heads + head) * K, mask, position == 0,
+        scaled(acc, (1.0 / total)[:, None]), K, K0, K1, CLASS,
+    )  # fmt: skip
+    at = (sequence * heads + head) * length + position
+    tl.store(lse_ptr + at, from_log2(top + tl.log2(total)), mask=mask)
+
+
+@jit
+def _packed_attention_backward_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    class_grad_q_ptr, class_grad_k_ptr, class_grad_v_ptr,
+    num_sequences, per_tile, length, heads, groups, step, stride,
+    stride_clip, stride_token, stride_out_clip, stride_grad_clip, stride_grad_token,
+    scale, scale_log2,
+    K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CLASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one head of per_tile whole sequences.
+
+    Grid: tiles x heads, heads fastest. Writes all of grad_q, grad_k and grad_v.
+    """
+    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    clip, group, position, mask = _rows_of_tile(
+        tile, length, per_tile, num_sequences, groups, BLOCK
+    )
+    is_class = position == 0
+    token = token_at(position, group, step, stride, CLASS)
+    rows = clip * stride_clip + token * stride_token + head * K
+    q = load_parts(q_ptr, rows, mask, True, K, K0, K1)
+    k = load_parts(k_ptr, rows, mask, True, K, K0, K1)
+    v = load_parts(v_ptr, rows, mask, True, K, K0, K1)
+    rows = clip * stride_out_clip + token * (heads * K) + head * K
+    grad = load_parts(grad_ptr, rows, mask, True, K, K0, K1)
+    if CLASS:
+        # The class token's output is the mean over sequences of its outputs in each.
+        grad = cast(scaled(grad, tl.where(is_class, 1.0 / groups, 1.0)[:, None]), grad)
+    sequence = clip * groups + group
+    at = (sequence * heads + head) * length + position
+    lse_log2 = to_log2(tl.load(lse_ptr + at, mask=mask, other=0.0))
+    weights = tl.exp2(inner(q, k) * scale_log2 - lse_log2[:, None])
+    weights = tl.where(_of_one_sequence(length, BLOCK), weights, 0.0)
+    grad_weights = inner(grad, v)
+    delta = tl.sum(weights * grad_weights, axis=1)
+    grad_logits = (weights * (grad_weights - delta[:, None])).to(q[0].dtype)
+    rows = clip * stride_grad_clip + token * stride_grad_token + head * K
+    class_rows = sequence * stride_grad_token + head * K
+    grad_v = add_product(zeros(BLOCK, K0, K1), tl.trans(weights.to(q[0].dtype)), grad)
+    store_parts(
+        grad_v_ptr, class_grad_v_ptr, rows, class_rows, mask, is_class, grad_v, K, K0, K1, CLASS
+    )
+    grad_q = add_product(zeros(BLOCK, K0, K1), grad_logits, k)
+    store_parts(
+        grad_q_ptr, class_grad_q_ptr, rows, class_rows, mask, is_class, scaled(grad_q, scale),
+        K, K0, K1, CLASS,
+    )  # fmt: skip
+    grad_k = add_product(zeros(BLOCK, K0, K1), tl.trans(grad_logits), q)
+    store_parts(
+        grad_k_ptr, class_grad_k_ptr, rows, class_rows, mask, is_class, scaled(grad_k, scale),
+        K, K0, K1, CLASS,
+    )  # fmt: skip
+
+
+def tile_for(length: int) -> int:
+    """The tile that sequences fill best, the smaller where two do."""
+    fitting = [tile for tile in _TILES if tile >= length]
+    return max(fitting, key=lambda tile: (tile // length * length / tile, -tile))
+
+
+def packed_attention(given: Three, results: Results, sequences: Sequences, scale: float) -> None:
+    """Write the results; see :func:`.attention.attention_triton`."""
+    (q, k, v), (out, class_out, lse) = given, results
+    row, programs, lengths = _tiles(_FORWARD, q, lse, sequences)
+    _launch.launch(
+        _packed_attention_kernel, programs, q, k, v, out, lse, class_out,
+        *lengths, q.stride(0), q.stride(1), out.stride(0), scale * LOG2_E,
+        row=row, **as_constants(q.shape[3], sequences),
+    )  # fmt: skip
+
+
+def packed_attention_backward(
+    grad: Tensor,
+    given: Three,
+    results: Results,
+    grads: Three,
+    class_grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sequences: Sequences,
+    scale: float,
+) -> None:
+    """Write grads and class_grads; see :func:`.attention.attention_backward_triton`."""
+    (q, k, v), (out, _, lse) = given, results
+    row, programs, lengths = _tiles(_BACKWARD, q, lse, sequences)
+    _launch.launch(
+        _packed_attention_backward_kernel, programs, grad, q, k, v, lse, *grads, *class_grads,
+        *lengths, q.stride(0), q.stride(1), out.stride(0), grads[0].stride(0), grads[0].stride(1),
+        scale, scale * LOG2_E, row=row, **as_constants(q.shape[3], sequences),
+    )  # fmt: skip
+
+
+def _tiles(table: Any, q: Tensor, lse: Tensor, sequences: Sequences) -> Any:
+    """Table row, programs, and what says which rows are where, as the kernels take it."""
+    heads, head_width = q.shape[2:]
+    row = _launch.pick(table, q.device, q.dtype, head_width, tile_for(sequences.total))
+    per_tile = row.blocks["BLOCK"] // sequences.total
+    lengths = (
+        lse.shape[0], per_tile, sequences.total, heads, sequences.count,
+        sequences.step, sequences.stride,
+    )  # fmt: skip
+    return row, cdiv(lse.shape[0], per_tile) * heads, lengths

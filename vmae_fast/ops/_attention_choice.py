@@ -1,0 +1,179 @@
+"""Which attention runs on a GPU: our kernels or one of PyTorch's, by a table.
+
+On a CPU it is always PyTorch's own fused kernel, inside our op.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vmae_fast.kernels import _launch
+from vmae_fast.kernels.attention import why_not
+from vmae_fast.kernels.attention_tiles import Three
+
+from ._backend import chosen_backend
+
+ATTENTION_KERNELS = ("auto", "triton", "cudnn", "flash", "sdpa")
+
+# What PyTorch may run, best first. Where a call does not suit the first, the next takes it.
+_ANY = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_BACKENDS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_ANY],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, *_ANY],
+}
+# FlashAttention-2's backward pass has a mode without atomics, which torch's flag turns on.
+_DETERMINISTIC = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of the table: the kernel for up to so many keys a sequence.
+
+    Attributes:
+        target: compute capability as two digits; a row holds for later ones up to the next listed.
+        value_bytes: 2 for fp16 and bf16, 4 for fp32.
+        keys: the longest sequence that the row is for.
+        kernel: one of ATTENTION_KERNELS.
+        measured: file under benchmarks/results with the times of both that it rests on; "" where
+            they are not yet measured.
+    """
+
+    target: int
+    value_bytes: int
+    keys: int
+    kernel: str
+    measured: str = ""
+
+
+LONGEST = 1 << 62
+
+# Not yet measured. Up to 256 keys PyTorch's kernels pad 160 tokens to 256, and each of ours reads
+# and writes everything once. Beyond, published figures for head width 64 (FlashAttention-3, arXiv
+# 2407.08608, and Triton's tutorial 06, on H100) put cuDNN first on Hopper and later, above all in
+# the backward pass, where a kernel without atomics has 7 products to compute for cuDNN's 5.
+CHOICES = (
+    Choice(80, 2, 256, "triton"),
+    Choice(80, 2, LONGEST, "flash"),
+    Choice(90, 2, 256, "triton"),
+    Choice(90, 2, LONGEST, "cudnn"),
+    Choice(120, 2, 256, "triton"),
+    Choice(120, 2, LONGEST, "flash"),
+    Choice(80, 4, 256, "triton"),
+    Choice(80, 4, LONGEST, "sdpa"),
+)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in ATTENTION_KERNELS:
+        raise ValueError(f"{source} must be one of {', '.join(ATTENTION_KERNELS)}, got {name!r}")
+    return name
+
+
+# A plain global, not a context variable: the backward pass runs in threads of its own.
+_chosen = _checked(os.environ.get("VMAE_FAST_ATTENTION", "auto"), "VMAE_FAST_ATTENTION")
+
+
+@contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Choose what computes attention on GPUs, in all threads, while the context lasts.
+
+    The environment variable ``VMAE_FAST_ATTENTION`` sets what holds outside of it;
+    :func:`vmae_fast.ops.backend` "reference" and "triton" go before either. On a CPU it is
+    PyTorch's own kernel, whatever is chosen here.
+
+    Args:
+        name: "auto" (a table by GPU, dtype and number of keys; under
+            ``torch.use_deterministic_algorithms(True)`` never cuDNN, whose backward pass is not
+            deterministic), "triton" (our kernels: an error where they do not take a head width),
+            "cudnn", "flash" or "sdpa" (PyTorch's ``scaled_dot_product_attention`` with that
+            backend first, or as PyTorch chooses).
+
+    Raises:
+        ValueError: no such kernel.
+
+    Example:
+        >>> import torch
+        >>> from vmae_fast import ops
+        >>> with ops.attention_kernel("flash"):
+        ...     ops.attention(torch.randn(2, 5, 3 * 64), num_heads=1).shape
+        torch.Size([2, 5, 64])
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "attention_kernel")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
+    """What computes attention: "op" (ours, which on a CPU is PyTorch's kernel) or one of SDPA's.
+
+    Args:
+        q: ``(B, T, H, K)``, in the dtype that is computed in.
+        num_keys: of each sequence.
+        dense: the sequences lie in memory as PyTorch's kernels take them; a copy otherwise.
+
+    Raises:
+        RuntimeError: a kernel was demanded that cannot run.
+    """
+    unsuited = why_not(q.shape[3])
+    # On a meta device as on a CPU: the op is what has formulas for shapes and operations.
+    if q.device.type in ("cpu", "meta") or chosen_backend() == "triton":
+        return "op"
+    demanded = "sdpa" if chosen_backend() == "reference" else _chosen
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if demanded == "cudnn" and deterministic:
+        raise RuntimeError(
+            "attention_kernel cudnn is not deterministic in its backward pass, but "
+            "torch.use_deterministic_algorithms(True) is on"
+        )
+    if q.dtype not in _launch.FLOAT_DTYPES:
+        unsuited = str(q.dtype)
+    ours = not unsuited and _launch.available(q.device)
+    if demanded == "triton" and not ours:
+        raise RuntimeError(f"attention_kernel triton cannot take {unsuited or q.device}")
+    if demanded != "auto":
+        return "op" if demanded == "triton" else demanded
+    if not ours:
+        return "sdpa"
+    if deterministic or not dense:
+        return "op"
+    kernel = tabled(_launch.target_of(q.device), q.dtype, num_keys).kernel
+    return "op" if kernel == "triton" else kernel
+
+
+def tabled(target: int, dtype: torch.dtype, num_keys: int) -> Choice:
+    """The table's row for a GPU, a dtype and a number of keys."""
+    rows = [one for one in CHOICES if one.value_bytes == dtype.itemsize and one.target <= target]
+    newest = max(one.target for one in rows)
+    return next(one for one in rows if one.target == newest and num_keys <= one.keys)
+
+
+def library_attention(qkv: Three, scale: float, kernel: str) -> Tensor:
+    """``scaled_dot_product_attention``, differentiable.
+
+    Args:
+        qkv: ``(S, M, H, K)`` and twice ``(S, N, H, K)``.
+        kernel: "cudnn", "flash" or "sdpa".
+
+    Returns:
+        ``(S, M, H, K)``.
+    """
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    if torch.are_deterministic_algorithms_enabled():
+        backends = _DETERMINISTIC
+    elif kernel == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    else:
+        backends = _BACKENDS[kernel]
+    with sdpa_kernel(backends, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
