@@ -113,7 +113,7 @@ def attention_in_sequences_reference(given: Three, sequences: Sequences, scale: 
     out, lse = attention_reference(q, k, v, scale)
     tokens, class_out = merge(out, sequences)
     if class_out is not None:
-        class_out = class_out.to(_wide(q))
+        class_out = class_out.to(_wide(q)).contiguous()
         tokens = torch.cat([class_out.mean(1, keepdim=True).to(q.dtype), tokens], dim=1)
     return Results(tokens.contiguous(), class_out, lse.contiguous())
 
