@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:  # there is no Triton outside Linux
         raise
     triton, tl = None, None
 
-__all__ = ["Row", "available", "cdiv", "jit", "launch", "pick", "power_of_2", "tl"]
+__all__ = ["Row", "available", "cdiv", "find", "jit", "launch", "pick", "power_of_2", "tl"]
 
 # Compute capabilities with table rows of their own. 86 and 89 share rows: 99 KiB of shared memory.
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -76,14 +76,21 @@ def target_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def pick(table: Mapping[Any, Row], device: torch.device, *rest: Any) -> Row:
-    """The table's row for a device and what else the table is keyed by, a dtype first.
+def find(table: Mapping[Any, Any], device: torch.device, *rest: Any) -> Any:
+    """The table's entry for a device and what else it is keyed by, a dtype first; None without one.
 
     That of the newest listed target the device is not older than.
     """
     at_hand = target_of(device)
-    listed = max(key[0] for key in table if key[1:] == rest and key[0] <= at_hand)
-    return table[(listed, *rest)]
+    listed = max((key[0] for key in table if key[1:] == rest and key[0] <= at_hand), default=None)
+    return table.get((listed, *rest))
+
+
+def pick(table: Mapping[Any, Row], device: torch.device, *rest: Any) -> Row:
+    """The row that :func:`find` finds, of a table that has one for all."""
+    row: Row | None = find(table, device, *rest)
+    assert row is not None, rest
+    return row
 
 
 def launch(kernel: Any, programs: int, *args: Any, row: Row, **constants: Any) -> None:

@@ -8,19 +8,25 @@ sequences, M queries and N keys in each (M differs from N in cross attention alo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention_tiles import HEAD_PARTS, Results, Sequences, Three
-from .packed_attention import MOST_PACKED, packed_attention, packed_attention_backward
+from .packed_attention import (
+    packed_attention,
+    packed_attention_backward,
+    packed_backward_row,
+    packed_forward_row,
+)
 from .tiled_attention import tiled_attention, tiled_attention_backward
 from .whole_attention import (
     whole_attention,
     whole_attention_backward,
-    whole_backward_fits,
-    whole_forward_fits,
+    whole_backward_row,
+    whole_forward_row,
 )
 
 
@@ -166,7 +172,7 @@ def attention_triton(given: Three, sequences: Sequences, scale: float) -> Result
     if sequences.class_token:
         class_out = q.new_empty(batch, sequences.count, heads, head_width, dtype=torch.float32)
     results = Results(q.new_empty(q.shape), class_out, lse)
-    run, _ = _kernels_for(q, num_queries, sequences)
+    run = _forward_for(q, num_queries, sequences)
     run(given, results, sequences, scale)
     if class_out is not None:
         results.out[:, 0] = class_out.mean(1)
@@ -197,18 +203,28 @@ def attention_backward_triton(
         # Rows as far apart as those of the packed gradient.
         class_grads = q.new_empty(*class_out.shape[:2], 3, *q.shape[2:], dtype=torch.float32)
         own = class_grads.unbind(2)
-    _, run = _kernels_for(q, results.lse.shape[2], sequences)
+    run = _backward_for(q, results.lse.shape[2], sequences)
     run(grad, given, results, grads, own, sequences, scale)
     if class_grads is not None:
         for into, total in zip(grads, class_grads.sum(1).unbind(1), strict=True):
             into[:, 0] = total
 
 
-def _kernels_for(q: Tensor, num_queries: int, sequences: Sequences) -> tuple[Any, Any]:
-    """The launchers for these lengths, forward and backward."""
-    if sequences.total <= MOST_PACKED and num_queries == sequences.total:
-        return packed_attention, packed_attention_backward
-    return (
-        whole_attention if whole_forward_fits(q, sequences) else tiled_attention,
-        whole_attention_backward if whole_backward_fits(q, sequences) else tiled_attention_backward,
-    )
+def _forward_for(q: Tensor, num_queries: int, sequences: Sequences) -> Any:
+    """The launcher for these lengths."""
+    packed = packed_forward_row(q, sequences) if num_queries == sequences.total else None
+    if packed is not None:
+        return partial(packed_attention, packed)
+    whole = whole_forward_row(q, sequences)
+    return tiled_attention if whole is None else partial(whole_attention, whole)
+
+
+def _backward_for(q: Tensor, num_queries: int, sequences: Sequences) -> Any:
+    """The launcher of the backward pass, which need not be of the same kind."""
+    packed = packed_backward_row(q, sequences) if num_queries == sequences.total else None
+    if packed is not None:
+        return partial(packed_attention_backward, packed)
+    whole = whole_backward_row(q, sequences)
+    if whole is not None:
+        return partial(whole_attention_backward, whole)
+    return tiled_attention_backward

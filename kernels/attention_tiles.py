@@ -80,10 +80,11 @@ def divided(t: int, s: int, axis: str, class_token: bool) -> Sequences:
     return Sequences(t, s, step=s, stride=1, class_token=class_token)
 
 
-def as_constants(head_width: int, sequences: Sequences) -> dict[str, int | bool]:
-    """What every attention kernel is compiled for, by the names of its arguments."""
+def as_constants(head_width: int, sequences: Sequences | None = None) -> dict[str, int | bool]:
+    """What a kernel is compiled for, by the names of its arguments; CLASS where it knows one."""
     first, second = HEAD_PARTS[head_width]
-    return {"K": head_width, "K0": first, "K1": second, "CLASS": sequences.class_token}
+    widths = {"K": head_width, "K0": first, "K1": second}
+    return widths if sequences is None else widths | {"CLASS": sequences.class_token}
 
 
 @jit
@@ -128,30 +129,30 @@ def load_parts(
 
 
 @jit
-def _store_part(
-    ptr, class_ptr, rows, class_rows, mask, is_class, values, offs_k,
-    K: tl.constexpr, CLASS: tl.constexpr,
+def store_parts(
+    ptr, rows, mask, tile, K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr
 ):  # fmt: skip
-    inside = (offs_k < K)[None, :]
-    if CLASS:
-        theirs = inside & (mask & is_class)[:, None]
-        tl.store(class_ptr + class_rows[:, None] + offs_k[None, :], values, mask=theirs)
-        mask = mask & (is_class == 0)
-    out = values.to(ptr.dtype.element_ty)
-    tl.store(ptr + rows[:, None] + offs_k[None, :], out, mask=inside & mask[:, None])
+    """Write a tile of fp32 to each row's offset, in the dtype that lies there."""
+    here = ptr + rows[:, None] + tl.arange(0, K0)[None, :]
+    tl.store(here, tile[0].to(ptr.dtype.element_ty), mask=mask[:, None])
+    if K1 > 0:
+        offs = K0 + tl.arange(0, K1)
+        there = ptr + rows[:, None] + offs[None, :]
+        inside = mask[:, None] & (offs < K)[None, :]
+        tl.store(there, tile[1].to(ptr.dtype.element_ty), mask=inside)
 
 
 @jit
-def store_parts(
+def store_with_class(
     ptr, class_ptr, rows, class_rows, mask, is_class, tile,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CLASS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of fp32 to its rows; the class token's rows to class_ptr instead (CLASS)."""
-    offs = tl.arange(0, K0)
-    _store_part(ptr, class_ptr, rows, class_rows, mask, is_class, tile[0], offs, K, CLASS)
-    if K1 > 0:
-        more = K0 + tl.arange(0, K1)
-        _store_part(ptr, class_ptr, rows, class_rows, mask, is_class, tile[1], more, K, CLASS)
+    """:func:`store_parts`, the class token's rows to class_ptr instead (CLASS)."""
+    if CLASS:
+        store_parts(ptr, rows, mask & (is_class == 0), tile, K, K0, K1)
+        store_parts(class_ptr, class_rows, mask & is_class, tile, K, K0, K1)
+    else:
+        store_parts(ptr, rows, mask, tile, K, K0, K1)
 
 
 @jit

@@ -7,12 +7,14 @@ computed of other sequences' logits is thrown away; the time goes into moving q,
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _launch
-from ._launch import FLOAT_DTYPES, Row, cdiv, jit, tl
+from ._launch import Row, cdiv, jit, tl
 from .attention_tiles import (
     HEAD_PARTS,
     LOG2_E,
@@ -26,24 +28,39 @@ from .attention_tiles import (
     inner,
     load_parts,
     scaled,
-    store_parts,
+    store_with_class,
     to_log2,
     token_at,
     zeros,
 )
 
-# The longest sequence that a tile holds, and the tiles there are.
-MOST_PACKED = 64
+
+def _table(warps: dict[tuple[int, int, int], int]) -> dict[tuple[int, Any, int, int], Row]:
+    """Rows by target, dtype, head width and tile, from the warps of 16-bit ones."""
+    rows = {}
+    for (target, width, tile), num_warps in warps.items():
+        row = Row({"BLOCK": tile}, num_warps, num_stages=1)
+        for dtype in (torch.float16, torch.bfloat16):
+            rows[target, dtype, width, tile] = row
+    for tile, width in product(_TILES, HEAD_PARTS):
+        row = Row({"BLOCK": tile}, num_warps=tile // 8, num_stages=1)
+        rows[80, torch.float32, width, tile] = row
+    return rows
+
+
 _TILES = (32, 64)
-
-
-_FORWARD = {
-    (80, dtype, width, tile): Row({"BLOCK": tile}, num_warps=4, num_stages=1)
-    for dtype in FLOAT_DTYPES
-    for width in HEAD_PARTS
-    for tile in _TILES
-}
-_BACKWARD = _FORWARD
+# So many warps that no register spills in Triton 3.6 and 3.9; where none do, the tile is missing
+# and such lengths go to the other kernels. Not yet measured.
+_FORWARD = _table(
+    {(80, width, 32): 2 for width in HEAD_PARTS} | {(80, width, 64): 4 for width in HEAD_PARTS}
+)
+_BACKWARD = _table(
+    {(80, width, 32): 2 if width <= 64 else 4 for width in HEAD_PARTS}
+    | {(80, 32, 64): 4, (80, 64, 64): 4, (80, 80, 64): 8}
+    | {(90, width, 64): 4 if width < 128 else 8 for width in HEAD_PARTS}
+    | {(120, width, 32): 2 if width <= 64 else 4 for width in HEAD_PARTS}
+    | {(120, 32, 64): 4, (120, 64, 64): 4, (120, 80, 64): 8}
+)
 
 
 @jit
@@ -91,7 +108,7 @@ def _packed_attention_kernel(
     acc = add_product(zeros(BLOCK, K0, K1), weights.to(v[0].dtype), v)
     sequence = clip * groups + group
     rows = clip * stride_out_clip + token * (heads * K) + head * K
-    store_parts(
+    store_with_class(
         out_ptr, class_out_ptr, rows, (sequence * heads + head) * K, mask, position == 0,
         scaled(acc, (1.0 / total)[:, None]), K, K0, K1, CLASS,
     )  # fmt: skip
@@ -139,31 +156,52 @@ def _packed_attention_backward_kernel(
     rows = clip * stride_grad_clip + token * stride_grad_token + head * K
     class_rows = sequence * stride_grad_token + head * K
     grad_v = add_product(zeros(BLOCK, K0, K1), tl.trans(weights.to(q[0].dtype)), grad)
-    store_parts(
+    store_with_class(
         grad_v_ptr, class_grad_v_ptr, rows, class_rows, mask, is_class, grad_v, K, K0, K1, CLASS
     )
     grad_q = add_product(zeros(BLOCK, K0, K1), grad_logits, k)
-    store_parts(
+    store_with_class(
         grad_q_ptr, class_grad_q_ptr, rows, class_rows, mask, is_class, scaled(grad_q, scale),
         K, K0, K1, CLASS,
     )  # fmt: skip
     grad_k = add_product(zeros(BLOCK, K0, K1), tl.trans(grad_logits), q)
-    store_parts(
+    store_with_class(
         grad_k_ptr, class_grad_k_ptr, rows, class_rows, mask, is_class, scaled(grad_k, scale),
         K, K0, K1, CLASS,
     )  # fmt: skip
 
 
-def tile_for(length: int) -> int:
+def packed_forward_row(q: Tensor, sequences: Sequences) -> Row | None:
+    """The table's row for sequences of this length, None where no tile holds one."""
+    return _row(_FORWARD, q, sequences.total)
+
+
+def packed_backward_row(q: Tensor, sequences: Sequences) -> Row | None:
+    """As :func:`packed_forward_row`, of the backward pass."""
+    return _row(_BACKWARD, q, sequences.total)
+
+
+def _row(table: Any, q: Tensor, length: int) -> Row | None:
     """The tile that sequences fill best, the smaller where two do."""
-    fitting = [tile for tile in _TILES if tile >= length]
-    return max(fitting, key=lambda tile: (tile // length * length / tile, -tile))
+    rows = [
+        _launch.find(table, q.device, q.dtype, q.shape[3], tile)
+        for tile in _TILES
+        if tile >= length
+    ]
+    fill = {tile: tile // length * length / tile for tile in _TILES}
+    return max(
+        (row for row in rows if row is not None),
+        key=lambda row: (fill[row.blocks["BLOCK"]], -row.blocks["BLOCK"]),
+        default=None,
+    )
 
 
-def packed_attention(given: Three, results: Results, sequences: Sequences, scale: float) -> None:
+def packed_attention(
+    row: Row, given: Three, results: Results, sequences: Sequences, scale: float
+) -> None:
     """Write the results; see :func:`.attention.attention_triton`."""
     (q, k, v), (out, class_out, lse) = given, results
-    row, programs, lengths = _tiles(_FORWARD, q, lse, sequences)
+    programs, lengths = _tiles(row, q, lse, sequences)
     _launch.launch(
         _packed_attention_kernel, programs, q, k, v, out, lse, class_out,
         *lengths, q.stride(0), q.stride(1), out.stride(0), scale * LOG2_E,
@@ -172,17 +210,18 @@ def packed_attention(given: Three, results: Results, sequences: Sequences, scale
 
 
 def packed_attention_backward(
+    row: Row,
     grad: Tensor,
     given: Three,
     results: Results,
     grads: Three,
-    class_grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    class_grads: tuple[Tensor | None, ...],
     sequences: Sequences,
     scale: float,
 ) -> None:
     """Write grads and class_grads; see :func:`.attention.attention_backward_triton`."""
     (q, k, v), (out, _, lse) = given, results
-    row, programs, lengths = _tiles(_BACKWARD, q, lse, sequences)
+    programs, lengths = _tiles(row, q, lse, sequences)
     _launch.launch(
         _packed_attention_backward_kernel, programs, grad, q, k, v, lse, *grads, *class_grads,
         *lengths, q.stride(0), q.stride(1), out.stride(0), grads[0].stride(0), grads[0].stride(1),
@@ -190,13 +229,11 @@ def packed_attention_backward(
     )  # fmt: skip
 
 
-def _tiles(table: Any, q: Tensor, lse: Tensor, sequences: Sequences) -> Any:
-    """Table row, programs, and what says which rows are where, as the kernels take it."""
-    heads, head_width = q.shape[2:]
-    row = _launch.pick(table, q.device, q.dtype, head_width, tile_for(sequences.total))
-    per_tile = row.blocks["BLOCK"] // sequences.total
+def _tiles(row: Row, q: Tensor, lse: Tensor, sequences: Sequences) -> tuple[int, tuple[int, ...]]:
+    """Programs, and what says which rows of a tile are where, as the kernels take it."""
+    heads, per_tile = q.shape[2], row.blocks["BLOCK"] // sequences.total
     lengths = (
         lse.shape[0], per_tile, sequences.total, heads, sequences.count,
         sequences.step, sequences.stride,
     )  # fmt: skip
-    return row, cdiv(lse.shape[0], per_tile) * heads, lengths
+    return cdiv(lse.shape[0], per_tile) * heads, lengths

@@ -8,11 +8,14 @@ atomics: seven products of matrices where adding up in place would take five.
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _launch
-from ._launch import FLOAT_DTYPES, Row, cdiv, jit, tl
+from ._launch import Row, cdiv, jit, tl
 from .attention_tiles import (
     HEAD_PARTS,
     LOG2_E,
@@ -27,16 +30,45 @@ from .attention_tiles import (
     load_parts,
     row_products,
     scaled,
-    store_parts,
+    store_with_class,
     to_log2,
     token_at,
     zeros,
 )
 
-_ROW = Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)
-_FORWARD = {(80, dtype, width): _ROW for dtype in FLOAT_DTYPES for width in HEAD_PARTS}
-_QUERY_GRADIENT = _FORWARD
-_KEY_VALUE_GRADIENT = _FORWARD
+
+def _table(before_hopper: dict[int, Row], since_hopper: Row) -> dict[tuple[int, Any, int], Row]:
+    """Rows by target, dtype and head width."""
+    rows = {(80, torch.float32, width): _FP32 for width in HEAD_PARTS}
+    for dtype, width in product((torch.float16, torch.bfloat16), HEAD_PARTS):
+        rows[80, dtype, width] = before_hopper[width]
+        rows[90, dtype, width] = since_hopper
+        # The last without Hopper's or the data centre Blackwell's matrix units.
+        rows[120, dtype, width] = before_hopper[width]
+    return rows
+
+
+# fp32 is for checking; its products run on no matrix unit.
+_FP32 = Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1)
+# The largest tiles around those of Triton's own example that spill no register in Triton 3.6 and
+# 3.9, on sm_80 with products of 16 columns by mma.sync, from sm_90 on by larger instructions. Not
+# yet measured.
+_FORWARD = _table(
+    dict.fromkeys(HEAD_PARTS, Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2)),
+    Row({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+)
+_QUERY_GRADIENT = _table(
+    dict.fromkeys((32, 64), Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2))
+    | dict.fromkeys((80, 88), Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2))
+    | {128: Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2)},
+    Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+)
+_KEY_VALUE_GRADIENT = _table(
+    dict.fromkeys((32, 64), Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2))
+    | dict.fromkeys((80, 88), Row({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=8, num_stages=2))
+    | {128: Row({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=8, num_stages=2)},
+    Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=3),
+)
 
 
 @jit
@@ -105,9 +137,9 @@ def _attention_kernel(
         )
     is_class = offs_m == 0
     sequence = clip * groups + group
-    class_rows = tl.zeros([BLOCK_M], dtype=tl.int64) + (sequence * heads + head) * K
+    class_rows = tl.zeros_like(token_m) + (sequence * heads + head) * K
     rows = clip * stride_out_clip + token_m * (heads * K) + head * K
-    store_parts(
+    store_with_class(
         out_ptr, class_out_ptr, rows, class_rows, mask_m, is_class,
         scaled(acc, (1.0 / total)[:, None]), K, K0, K1, CLASS,
     )  # fmt: skip
@@ -160,7 +192,7 @@ def _query_gradient_kernel(
     if CLASS:
         # The class token's output is the mean over sequences of its outputs in each.
         share = tl.where(is_class, 1.0 / groups, 1.0)
-        class_rows = tl.zeros([BLOCK_M], dtype=tl.int64) + class_row
+        class_rows = tl.zeros_like(token_m) + class_row
         own = load_parts(class_out_ptr, class_rows, mask_m & is_class, True, K, K0, K1)
         delta = tl.where(is_class, row_products(own, grad), delta) * share
         grad = cast(scaled(grad, share[:, None]), grad)
@@ -188,8 +220,8 @@ def _query_gradient_kernel(
             True, K, K0, K1,
         )  # fmt: skip
     rows = clip * stride_grad_q_clip + token_m * stride_grad_q_token + head * K
-    class_rows = tl.zeros([BLOCK_M], dtype=tl.int64) + sequence * stride_grad_q_token + head * K
-    store_parts(
+    class_rows = tl.zeros_like(token_m) + sequence * stride_grad_q_token + head * K
+    store_with_class(
         grad_q_ptr, class_grad_q_ptr, rows, class_rows, mask_m, is_class, scaled(grad_q, scale),
         K, K0, K1, CLASS,
     )  # fmt: skip
@@ -266,12 +298,12 @@ def _key_value_gradient_kernel(
         )  # fmt: skip
     is_class = offs_n == 0
     rows = clip * stride_grad_kv_clip + token_n * stride_grad_kv_token + head * K
-    class_rows = tl.zeros([BLOCK_N], dtype=tl.int64) + sequence * stride_grad_kv_token + head * K
-    store_parts(
+    class_rows = tl.zeros_like(token_n) + sequence * stride_grad_kv_token + head * K
+    store_with_class(
         grad_k_ptr, class_grad_k_ptr, rows, class_rows, mask_n, is_class, scaled(grad_k, scale),
         K, K0, K1, CLASS,
     )  # fmt: skip
-    store_parts(
+    store_with_class(
         grad_v_ptr, class_grad_v_ptr, rows, class_rows, mask_n, is_class, grad_v,
         K, K0, K1, CLASS,
     )  # fmt: skip
