@@ -7,7 +7,6 @@ computed of other sequences' logits is thrown away; the time goes into moving q,
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -35,31 +34,33 @@ from .attention_tiles import (
 )
 
 
-def _table(warps: dict[tuple[int, int, int], int]) -> dict[tuple[int, Any, int, int], Row]:
+def _table(
+    warps: dict[tuple[int, int, int], int | None],
+) -> dict[tuple[int, Any, int, int], Row | None]:
     """Rows by target, dtype, head width and tile, from the warps of 16-bit ones."""
-    rows = {}
+    rows: dict[tuple[int, Any, int, int], Row | None] = {}
     for (target, width, tile), num_warps in warps.items():
-        row = Row({"BLOCK": tile}, num_warps, num_stages=1)
+        row = None if num_warps is None else Row({"BLOCK": tile}, num_warps, num_stages=1)
         for dtype in (torch.float16, torch.bfloat16):
             rows[target, dtype, width, tile] = row
-    for tile, width in product(_TILES, HEAD_PARTS):
-        row = Row({"BLOCK": tile}, num_warps=tile // 8, num_stages=1)
-        rows[80, torch.float32, width, tile] = row
+    for width in HEAD_PARTS:
+        rows[80, torch.float32, width, 32] = Row({"BLOCK": 32}, num_warps=8, num_stages=1)
     return rows
 
 
 _TILES = (32, 64)
-# So many warps that no register spills in Triton 3.6 and 3.9; where none do, the tile is missing
-# and such lengths go to the other kernels. Not yet measured.
-_FORWARD = _table(
-    {(80, width, 32): 2 for width in HEAD_PARTS} | {(80, width, 64): 4 for width in HEAD_PARTS}
-)
+# By head width and tile: so many warps that no register spills in Triton 3.6 and 3.9. Where some
+# always do there is None, and such lengths go to the other kernels. Not yet measured.
+_FORWARD_WARPS = {(width, tile): tile // 16 for width in HEAD_PARTS for tile in _TILES}
+_BACKWARD_WARPS = {(width, 32): 2 if width <= 64 else 4 for width in HEAD_PARTS}
+_BEFORE_HOPPER = {(32, 64): 4, (64, 64): 4, (80, 64): 8, (88, 64): None, (128, 64): None}
+_SINCE_HOPPER = {(width, 64): 4 if width < 128 else 8 for width in HEAD_PARTS}
+_FORWARD = _table({(80, *key): warps for key, warps in _FORWARD_WARPS.items()})
 _BACKWARD = _table(
-    {(80, width, 32): 2 if width <= 64 else 4 for width in HEAD_PARTS}
-    | {(80, 32, 64): 4, (80, 64, 64): 4, (80, 80, 64): 8}
-    | {(90, width, 64): 4 if width < 128 else 8 for width in HEAD_PARTS}
-    | {(120, width, 32): 2 if width <= 64 else 4 for width in HEAD_PARTS}
-    | {(120, 32, 64): 4, (120, 64, 64): 4, (120, 80, 64): 8}
+    {(80, *key): warps for key, warps in (_BACKWARD_WARPS | _BEFORE_HOPPER).items()}
+    | {(90, *key): warps for key, warps in _SINCE_HOPPER.items()}
+    # The last without Hopper's or the data centre Blackwell's matrix units.
+    | {(120, *key): warps for key, warps in _BEFORE_HOPPER.items()}
 )
 
 
