@@ -139,7 +139,8 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
         )
     if q.dtype not in _launch.FLOAT_DTYPES:
         unsuited = str(q.dtype)
-    ours = not unsuited and _launch.available(q.device)
+    target = _target(q.device.type, q.device.index)
+    ours = not unsuited and target > 0
     if demanded == "triton" and not ours:
         raise RuntimeError(f"attention_kernel triton cannot take {unsuited or q.device}")
     if demanded != "auto":
@@ -148,8 +149,19 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
         return "sdpa"
     if deterministic or not dense:
         return "op"
-    kernel = tabled(_launch.target_of(q.device), q.dtype, num_keys).kernel
+    kernel = tabled(target, q.dtype, num_keys).kernel
     return "op" if kernel == "triton" else kernel
+
+
+def _target(kind: str, index: int | None) -> int:
+    """Compute capability of a device as two digits, 0 where our kernels cannot run."""
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    return _launch.target_of(device) if _launch.available(device) else 0
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it: asking a
+# GPU for its capability cannot be traced.
+_target._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tabled(target: int, dtype: torch.dtype, num_keys: int) -> Choice:

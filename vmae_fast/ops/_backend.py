@@ -73,8 +73,9 @@ def backend_summary() -> str:
             return f"none: VMAE_FAST_BACKEND demands triton, but {why}"
         return f"reference: plain PyTorch for every op; {why}"
     return (
-        f"triton for token and loss ops on {', '.join(served)}; PyTorch's own attention and "
-        "matrix products; no CUDA C++ extension"
+        f"triton for token and loss ops on {', '.join(served)}; attention by triton or PyTorch's "
+        "cuDNN or FlashAttention, whichever the length suits; PyTorch's own matrix products; no "
+        "CUDA C++ extension"
     )
 
 
