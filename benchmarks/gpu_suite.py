@@ -28,7 +28,7 @@ PARTS = ("build", "tests", "benchmarks")
 SHARE = {"build": 0.2, "tests": 0.55, "benchmarks": 1.0}
 # What a stopped pytest gets to write its report before it is killed.
 GRACE_S = 10
-MOST_LINES, MOST_FAILURES, MOST_WIDTH = 58, 20, 160
+MOST_LINES, MOST_FAILURES, MOST_WIDTH = 110, 20, 160
 
 
 @dataclass
@@ -184,7 +184,7 @@ def _last_error(text: str) -> str:
 
 
 def figures(results: Path, since: float) -> list[str]:
-    """Every measured figure, with targets below it; ``since`` leaves out files of earlier runs."""
+    """Every measured figure, with its targets below; ``since`` leaves out files of earlier runs."""
     lines = []
     for file in sorted(results.glob("*/*.json")):
         if file.stat().st_mtime < since:
@@ -192,11 +192,13 @@ def figures(results: Path, since: float) -> list[str]:
         kept = json.loads(file.read_text())
         for row in kept.get("rows", []):
             gb_per_s, tflop_per_s = report.rates(row)
+            peers = filter(None, [*report.refused(row), report.against(row)])
             lines.append(
-                f"{row['op']} {row['direction']}: {report.number(row['time_ms'])} ms "
-                f"({row['how']}), {gb_per_s} GB/s, {tflop_per_s} TFLOP/s; {report.against(row)}"
+                f"{report.title(row)} {row['direction']}: {report.number(row['time_ms'])} ms "
+                f"({row['how']}), {gb_per_s} GB/s, {tflop_per_s} TFLOP/s; {', '.join(peers)}"
             )
-            lines += [f"    {judgement.replace('**', '')}" for judgement in report.judgements(row)]
+            if row["targets"]:
+                lines.append("    " + "; ".join(report.judgements(row)).replace("**", ""))
         if "rows" not in kept:
             scalars = [f"{k} {v}" for k, v in kept.items() if isinstance(v, int | float)]
             lines.append(f"{file.stem}: {', '.join(scalars) or 'see the file'}")

@@ -23,7 +23,9 @@ Rendered by `python benchmarks/report.py` from the files under `results/`; not t
 GB/s count the bytes that must move at least, and "copy" is the time of a copy of as many; the
 percentages are of a large copy's GB/s and of a large bf16 product's TFLOP/s, measured in the same
 process. Peers stand with their time and how many times ours is quicker; (e) marks a time that
-includes launches and waiting, since the peer cannot be captured in a CUDA graph.
+includes launches and waiting, since the peer cannot be captured in a CUDA graph. Those that do not
+run on the device are named after "without"; the files say why. Attention stands with the kernel
+that ran: "op" is ours, on a CPU PyTorch's within our op.
 """
 NOTHING = "-"
 TOKEN_HEAD = [
@@ -47,17 +49,29 @@ def render(results: Path) -> str:
         of_device = [(file.stem, files[file]) for file in group]
         parts += [f"## {of_device[0][1]['environment']['device']} (`{folder.name}`)\n"]
         parts += _token_tables([figures for _, figures in of_device if "rows" in figures])
-        parts += [_other(name, figures) for name, figures in of_device if "rows" not in figures]
+        for name, figures in of_device:
+            if "rows" not in figures:
+                parts.append(_other(name, figures, folder / f"{name}.png"))
     return "\n".join([*parts, _missing(list(files.values()))])
 
 
 def against(row: Figures) -> str:
-    """The peers of a row: time, and how many times ours is quicker."""
+    """The peers of a row, the quickest first: time, and how many times ours is quicker."""
     return ", ".join(
         f"{name} {number(peer['time_ms'])} ms{' (e)' if peer['how'] == 'events' else ''} "
         f"({number(row['speedup'][name])}x)"
-        for name, peer in row["peers"].items()
+        for name, peer in sorted(row["peers"].items(), key=lambda one: one[1]["time_ms"])
     )
+
+
+def refused(row: Figures) -> list[str]:
+    """The peers that the device does not run, in words."""
+    return [f"without {name}" for name in row.get("left_out", {})]
+
+
+def title(row: Figures) -> str:
+    """The op of a row and, where it has a choice, the kernel that it ran."""
+    return f"{row['op']} ({row['kernel']})" if "kernel" in row else str(row["op"])
 
 
 def rates(row: Figures) -> list[str]:
@@ -101,12 +115,12 @@ def _token_line(row: Figures) -> list[str]:
     peak = ", ".join(f"{name} {number(mib)}" for name, mib in row.get("peak_mib", {}).items())
     time = number(row["time_ms"]) + (" (e)" if row["how"] == "events" else "")
     return [
-        row["op"],
+        title(row),
         row["direction"],
         time,
         number(row["copy_of_as_many_bytes_ms"]),
         *rates(row),
-        against(row) or NOTHING,
+        ", ".join(filter(None, [against(row), *refused(row)])) or NOTHING,
         peak or NOTHING,
         "; ".join(judgements(row)) or NOTHING,
     ]
@@ -129,8 +143,8 @@ def _versions(environment: Figures) -> str:
     return ", ".join([environment["date"], f"commit {environment['commit']}", *known])
 
 
-def _other(name: str, figures: Figures) -> str:
-    """Figures of any other benchmark: a table of its scalars and one of each list."""
+def _other(name: str, figures: Figures, picture: Path) -> str:
+    """Figures of any other benchmark: a table of its scalars, one of each list, its picture."""
     shown = {key: value for key, value in figures.items() if key not in ("environment", "what")}
     parts = [f"### {name}\n", f"{_origin(figures)}\n"]
     scalars = [[key, _cell(v)] for key, v in shown.items() if not isinstance(v, list)]
@@ -138,10 +152,15 @@ def _other(name: str, figures: Figures) -> str:
         parts.append(table(["figure", "value"], scalars))
     lists = [value for value in shown.values() if isinstance(value, list)]
     parts += [table(list(rows[0]), [[*map(_cell, row.values())] for row in rows]) for rows in lists]
+    if picture.exists():
+        # As seen from the page, which lies beside the folder of all results.
+        parts.append(f"![{name}]({'/'.join(picture.parts[-3:])})\n")
     return "\n".join(parts)
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return NOTHING
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -1,30 +1,30 @@
 """Token ops against plain PyTorch: times, bytes, percent of what the machine reaches, memory.
 
-On a GPU at the base model's sizes, on a CPU small, to see that everything runs. Directions:
-
-- forward: with gradients on, as in a training step, so what the backward pass needs is kept;
-- backward: that pass alone, torch.autograd.grad again and again after one forward pass;
-- forward and backward: both, anew each time;
-- evaluation: forward without gradients.
-
-Peers get video that is normalised and in the working precision already. Bytes are those that must
-move at least: each input read once as far as it is used, each result written once. A missed
-target is recorded, not asserted.
+On a GPU at the base model's sizes, on a CPU small, to see that everything runs. Peers get video
+that is normalised and in the working precision already. Bytes are those that must move at least:
+each input read once as far as it is used, each result written once. A missed target is recorded,
+not asserted.
 """
 
 import pytest
 import token_peers
 import torch
-from environment import device_name
-from targets import DEVICE as TARGET_DEVICE
-from targets import TARGETS
-from timing import ceilings, copy_of, num_sets, peak_memory_bytes, time_ways
+from rows import (
+    DEVICE,
+    backward,
+    evaluation,
+    forward,
+    forward_and_backward,
+    in_context,
+    row_of,
+    timed,
+)
+from timing import num_sets, peak_memory_bytes
 from token_batch import TUBELET, Batch, size_for
 
 from vmae_fast import ops
 from vmae_fast.kernels import tubelet_embed as embedding
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = size_for(DEVICE)
 # Clips, all, visible and masked tokens, widths, values a tubelet, and bytes a value.
 B, N, V = SIZE.clips, SIZE.masking.num_tokens, SIZE.masking.num_visible
@@ -88,111 +88,29 @@ def head_then_loss(batch):
     return token_peers.head_then_loss(*head_and_video(batch), batch.mask.target_idx, TUBELET)
 
 
-def forward(function, _):
-    return lambda batch: lambda: function(batch)
-
-
-def evaluation(function, _):
-    return lambda batch: torch.no_grad()(lambda: function(batch))
-
-
-def backward(function, leaves):
-    def prepare(batch):
-        out = function(batch)
-        wanted = [getattr(batch, leaf) for leaf in leaves]
-        upstream = torch.randn_like(out)
-        return lambda: torch.autograd.grad(out, wanted, upstream, retain_graph=True)
-
-    return prepare
-
-
-def forward_and_backward(function, leaves):
-    def prepare(batch):
-        wanted = [getattr(batch, leaf) for leaf in leaves]
-        return lambda: torch.autograd.grad(function(batch), wanted)
-
-    return prepare
-
-
 def by_reference(way):
     """The same with the ops' definitions in plain PyTorch, chosen anew in either pass."""
-
-    def prepare(batch):
-        with ops.backend("reference"):
-            call = way(batch)
-
-        def by_definition():
-            with ops.backend("reference"):
-                return call()
-
-        return by_definition
-
-    return prepare
+    return in_context(way, lambda: ops.backend("reference"))
 
 
 def measure(op, direction, peers, moved_bytes, flops=0, leaves=()):
     """One row: ours, the peers, the op's definition and a copy of as many bytes, interleaved."""
     ways = {name: direction(way, leaves) for name, way in {"ours": op, **peers}.items()}
-    ways["copy"] = copy_of(moved_bytes, DEVICE)
     if DEVICE.type == "cuda":
         ways["reference"] = by_reference(ways["ours"])
     sets = [Batch(SIZE, seed) for seed in range(num_sets(moved_bytes, DEVICE))]
-    times = time_ways(ways, sets, DEVICE)
+    times = timed(ways, sets, moved_bytes)
     ours, copy = times.pop("ours"), times.pop("copy")
-    best = ceilings(DEVICE)
-    gb_per_s, tflop_per_s = moved_bytes / ours.time_ms / 1e6, flops / ours.time_ms / 1e9
-    row = {
-        "op": op.__name__,
-        "direction": direction.__name__.replace("_", " "),
-        **as_figures(ours),
-        "bytes": moved_bytes,
-        "gb_per_s": gb_per_s,
-        "percent_of_copy": 100 * gb_per_s / best["copy_gb_per_s"],
-        "copy_of_as_many_bytes_ms": copy.time_ms,
-        "peers": {name: as_figures(timing) for name, timing in times.items()},
-        "speedup": {name: timing.time_ms / ours.time_ms for name, timing in times.items()},
-    }
-    if flops:
-        row |= {"flops": flops, "tflop_per_s": tflop_per_s}
-    if flops and "matmul_tflop_per_s" in best:
-        row["percent_of_matmul"] = 100 * tflop_per_s / best["matmul_tflop_per_s"]
-    return row
-
-
-def as_figures(timing):
-    figures = {"time_ms": timing.time_ms, "how": timing.how}
-    return figures | ({"why": timing.why} if timing.why else {})
-
-
-def rounded(figures):
-    """Four digits of every float, at any depth."""
-    if isinstance(figures, dict):
-        return {key: rounded(value) for key, value in figures.items()}
-    return float(f"{figures:.4g}") if isinstance(figures, float) else figures
+    return row_of(op.__name__, direction, ours, copy, times, moved_bytes, flops)
 
 
 @pytest.fixture
-def finish(benchmark, record):
-    """Judge the rows of an op by its targets, record them, and give pytest-benchmark its call."""
-
-    def judged(row):
-        on_target = TARGET_DEVICE in device_name()
-        targets = TARGETS.get((row["op"], row["direction"]), ()) if on_target else ()
-        return rounded(row | {"targets": [target.judge(row) for target in targets]})
+def finish(finish_rows):
+    """Record the rows of an op."""
 
     def write(op, rows):
-        rows = [judged(row) for row in rows]
-        figures = {"what": SIZE.what, "ceilings": rounded(ceilings(DEVICE)), "rows": rows}
-        record(op.__name__, figures)
-        benchmark.extra_info.update(figures)
         batch = Batch(SIZE, 0)
-
-        def call():
-            op(batch)
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(call, rounds=3, warmup_rounds=1)
+        finish_rows(op.__name__, SIZE.what, rows, lambda: op(batch))
 
     return write
 

@@ -162,14 +162,14 @@ def _whole_attention_backward_kernel(
         grad = load_parts(grad_ptr, rows, mask_m, True, K, K0, K1)
         out = load_parts(out_ptr, rows, mask_m, True, K, K0, K1)
         delta = row_products(out, grad)
-        # A query that is none has no weight.
         at = (sequence * heads + head) * num_queries + offs_m
+        # A query that is none has no weight.
         lse_log2 = to_log2(tl.load(lse_ptr + at, mask=mask_m, other=float("inf")))
         grad_q = zeros(BLOCK_M, K0, K1)
         next_k, next_v = (), ()
         start = 0
         for part in tl.static_range(len(PARTS)):
-            # Keys that are none are zeros: their weight may be anything finite.
+            # A key that is none would weigh exp(-lse), which may be infinite.
             valid = start + tl.arange(0, PARTS[part]) < num_keys
             weights = tl.exp2(inner(q, k[part]) * scale_log2 - lse_log2[:, None])
             weights = tl.where(valid[None, :], weights, 0.0)
