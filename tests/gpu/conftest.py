@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vmae_fast import ops
+from vmae_fast.ops import _attention_choice
 
 FOLDER = Path(__file__).parent
 LEAST_CAPABILITY = (8, 0)
@@ -97,6 +98,8 @@ class Geometry:
     width: int
     decoder_width: int
     num_visible: int
+    heads: int
+    head_width: int
 
     @property
     def num_tokens(self) -> int:
@@ -116,9 +119,9 @@ class Geometry:
 
 
 GEOMETRIES = {
-    "base": Geometry(8, 3, (2, 16, 16), (8, 14, 14), 768, 384, 160),
+    "base": Geometry(8, 3, (2, 16, 16), (8, 14, 14), 768, 384, 160, 6, 64),
     # Nothing a multiple of a block.
-    "odd": Geometry(3, 2, (3, 5, 7), (2, 3, 5), 37, 21, 7),
+    "odd": Geometry(3, 2, (3, 5, 7), (2, 3, 5), 37, 21, 7, 3, 80),
 }
 
 
@@ -243,6 +246,30 @@ def _statistics(g: Geometry) -> dict[str, tuple[float, ...]]:
     }
 
 
+def _attention(g: Geometry, draw: Draw) -> OpCase:
+    qkv = draw.normal(g.batch, g.num_visible, 3 * g.heads * g.head_width)
+    return OpCase(lambda qkv: ops.attention(qkv, g.heads), [qkv])
+
+
+def _cross_attention(g: Geometry, draw: Draw) -> OpCase:
+    width = g.heads * g.head_width
+    q = draw.normal(g.batch, g.num_tokens - g.num_visible, width)
+    kv = draw.normal(g.batch, g.num_tokens, 2 * width)
+    return OpCase(lambda q, kv: ops.cross_attention(q, kv, g.heads), [q, kv])
+
+
+def _attention_in_time(g: Geometry, draw: Draw) -> OpCase:
+    qkv = draw.normal(g.batch, g.num_tokens, 3 * g.heads * g.head_width)
+    return OpCase(lambda qkv: ops.divided_attention(qkv, g.heads, g.grid, "time"), [qkv])
+
+
+def _attention_in_space(g: Geometry, draw: Draw) -> OpCase:
+    qkv = draw.normal(g.batch, 1 + g.num_tokens, 3 * g.heads * g.head_width)
+    return OpCase(
+        lambda qkv: ops.divided_attention(qkv, g.heads, g.grid, "space", class_token=True), [qkv]
+    )
+
+
 CASES = {
     "gather_tokens": _gather_tokens,
     "decoder_tokens": _decoder_tokens,
@@ -250,12 +277,21 @@ CASES = {
     "tubelet_embed_float": _tubelet_embed_float,
     "masked_mse": _masked_mse,
     "linear_masked_mse": _linear_masked_mse,
+    "attention": _attention,
+    "cross_attention": _cross_attention,
+    "attention_in_time": _attention_in_time,
+    "attention_in_space": _attention_in_space,
 }
+# Our own kernels at any length: PyTorch's are not what the tests of all ops are about.
+OWN_ATTENTION = tuple(
+    _attention_choice.Choice(80, size, _attention_choice.LONGEST, "triton") for size in (2, 4)
+)
 
 
 @pytest.fixture(params=CASES)
-def make_case(request, device):
+def make_case(request, device, monkeypatch):
     """Call with the name of a geometry and a dtype: each op in turn, as an OpCase."""
+    monkeypatch.setattr(_attention_choice, "CHOICES", OWN_ATTENTION)
 
     def make(geometry: str, dtype: torch.dtype) -> OpCase:
         g = GEOMETRIES[geometry]

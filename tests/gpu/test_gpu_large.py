@@ -147,6 +147,85 @@ def test_linear_masked_mse(device, need_gib):
         assert relative_error(got, truth) < RTOL
 
 
+# Of each attention: tokens a clip (queries first), heads, what is called on the inputs.
+ATTENTION = {
+    "whole": ((160,), 12, lambda qkv: ops.attention(qkv, 12)),
+    "tiled": ((NUM_TOKENS,), 6, lambda qkv: ops.attention(qkv, 6)),
+    "cross": ((301, NUM_TOKENS), 6, lambda q, kv: ops.cross_attention(q, kv, 6)),
+    "time": ((NUM_TOKENS,), 6, lambda qkv: ops.divided_attention(qkv, 6, GRID, "time")),
+    "space": (
+        (1 + NUM_TOKENS,), 6,
+        lambda qkv: ops.divided_attention(qkv, 6, GRID, "space", class_token=True),
+    ),
+}  # fmt: skip
+
+
+def check_attention(function, inputs, parts):
+    """Values and gradients of parts, each a view of inputs and results as (B, T, columns)."""
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    upstream = normal(out.device, *out.shape)
+    grads = torch.autograd.grad(out, inputs, upstream)
+    for part, of_part in parts:
+        expected, gradients = reference(of_part, *(part(tensor) for tensor in inputs))
+        assert relative_error(part(out), expected) < RTOL
+        for got, truth in zip(grads, gradients(part(upstream)), strict=True):
+            assert relative_error(part(got), truth) < RTOL
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(device, need_gib, name):
+    """Some have more than 65,535 programs too, the most that other axes of a grid hold."""
+    need_gib(24)
+    lengths, heads, function = ATTENTION[name]
+    columns = [3] if len(lengths) == 1 else [1, 2]
+    width = 64 * heads
+    batch = clips_beyond(lengths[-1] * columns[-1] * width)
+    inputs = [normal(device, batch, n, c * width) for n, c in zip(lengths, columns, strict=True)]
+    assert inputs[-1].numel() > LIMIT
+    clips = (lambda tensor: tensor[:1], lambda tensor: tensor[-1:])
+    check_attention(function, inputs, [(clip, function) for clip in clips])
+
+
+@pytest.mark.parametrize("axis", ["time", "space"])
+def test_divided_attention_of_one_clip(device, need_gib, axis):
+    """Rows, or positions, beyond the limit within a clip."""
+    need_gib(24)
+    heads, width, length, last = 2, 64, 7, 301
+    count = LIMIT // (3 * width * length) + 1000
+    grid = (length, count) if axis == "time" else (count, length)
+    qkv = normal(device, 1, length * count, 3 * width)
+    assert qkv.numel() > LIMIT
+
+    def of(grid):
+        return lambda qkv: ops.divided_attention(qkv, heads, grid, axis)
+
+    def end(tensor):
+        rows = tensor.unflatten(1, grid)
+        return (rows[:, :, -last:] if axis == "time" else rows[:, -last:]).flatten(1, 2)
+
+    short = (length, last) if axis == "time" else (last, length)
+    check_attention(of(grid), [qkv], [(end, of(short))])
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "gib"), [("time", 2**20 + 3, 48), ("whole", 2**20 + 3, 90)]
+)
+def test_more_programs_than_2_to_the_21(device, need_gib, name, batch, gib):
+    """Two heads: sixteen positions of two rows a clip, or sequences of 65 tokens."""
+    need_gib(gib)
+    num_tokens = 32 if name == "time" else 65
+
+    def function(qkv):
+        if name == "time":
+            return ops.divided_attention(qkv, 2, (2, 16), "time")
+        return ops.attention(qkv, 2)
+
+    qkv = normal(device, batch, num_tokens, 3 * 64)
+    clips = (lambda tensor: tensor[:3], lambda tensor: tensor[-5:])
+    check_attention(function, [qkv], [(clip, function) for clip in clips])
+
+
 # One clip: places beyond the limit within it. Channels are further apart than the limit too.
 SIDE = 2048
 FRAMES = 2 * (LIMIT // (2 * SIDE * SIDE) + 2)

@@ -1,5 +1,7 @@
 """Peak memory of the ops at base's sizes: what they are there to save."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -124,3 +126,72 @@ def test_tubelets_that_are_not_visible_are_not_copied(device, need_gib, backward
     assert peak <= allowed
     # That allows neither the tokens of all tubelets nor the clips in another dtype.
     assert allowed < min(batch.size_bytes(clips, NUM_TOKENS, WIDTH), 2 * batch.video.numel())
+
+
+def attention_calls(batch, num_tokens, heads, device):
+    """Every attention on as many tokens, with their inputs."""
+    width, t = heads * 64, 8
+
+    def normal(tokens, columns):
+        shape = (batch, tokens, columns * width)
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    grid = (t, num_tokens // t)
+    return {
+        "joint": (lambda qkv: ops.attention(qkv, heads), [normal(num_tokens, 3)]),
+        "cross": (
+            lambda q, kv: ops.cross_attention(q, kv, heads),
+            [normal(num_tokens, 1), normal(num_tokens, 2)],
+        ),
+        "time": (
+            lambda qkv: ops.divided_attention(qkv, heads, grid, "time"), [normal(num_tokens, 3)]
+        ),
+        "space": (
+            lambda qkv: ops.divided_attention(qkv, heads, grid, "space"), [normal(num_tokens, 3)]
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [("triton", kind) for kind in ("joint", "cross", "time", "space")]
+    + [(kernel, kind) for kernel in ("auto", "cudnn", "flash") for kind in ("joint", "cross")],
+)
+def test_attention_holds_no_matrix_of_logits(device, need_gib, kernel, kind):
+    """Forward and backward at most so many times what comes in, at every length."""
+    need_gib(4)
+    batch, heads = 8, 6
+    lengths = (784, 1568, 3136, 6272)
+    peaks = {}
+    for num_tokens in lengths:
+        function, inputs = attention_calls(batch, num_tokens, heads, device)[kind]
+        upstream = torch.randn(batch, num_tokens, heads * 64, device=device, dtype=torch.bfloat16)
+
+        def both(function=function, inputs=inputs, upstream=upstream):
+            return torch.autograd.grad(function(*inputs), inputs, upstream)
+
+        with ops.attention_kernel(kernel):
+            peaks[num_tokens] = peak_bytes(both, device)
+        tokens = batch * num_tokens
+        one, statistics = tokens * heads * 64 * 2, 4 * tokens * heads
+        if kernel == "triton":
+            # Output, gradients of q, k and v; log-sum-exp, and the backward pass's sums.
+            assert peaks[num_tokens] <= 4 * one + 2 * statistics + SMALL
+        # PyTorch's: gradients apart and put together, that of q in fp32 while it is added up.
+        assert peaks[num_tokens] <= 16 * one + WORKSPACE + SMALL
+    for shorter, longer in pairwise(lengths):
+        assert peaks[longer] <= 2 * peaks[shorter] + WORKSPACE + SMALL
+    if kind in ("joint", "cross"):
+        # In bf16 alone that matrix, at the longest, would take more than all that is allowed.
+        assert 2 * batch * heads * lengths[-1] ** 2 > 16 * one + WORKSPACE + SMALL
+
+
+def test_attention_without_gradients_keeps_nothing(device, need_gib):
+    need_gib(4)
+    batch, num_tokens, heads = 8, 6272, 6
+    tokens = batch * num_tokens
+    one, statistics = tokens * heads * 64 * 2, 4 * tokens * heads
+    for function, inputs in attention_calls(batch, num_tokens, heads, device).values():
+        with torch.no_grad(), ops.backend("triton"):
+            peak = peak_bytes(lambda f=function, x=inputs: f(*x), device)
+        assert peak <= one + statistics + SMALL

@@ -183,7 +183,7 @@ def test_block(init_values, eps):
         assert block.gamma_2 is None
     randomise(block)
     attention = torch_attention(block.attn)
-    x = normal(2, 11, width)
+    x = normal(2, 11, width).requires_grad_()
 
     def norm(value, layer):
         centred = value - value.mean(dim=-1, keepdim=True)
@@ -196,7 +196,20 @@ def test_block(init_values, eps):
     branch = norm(h, block.norm2) @ block.mlp.fc1.weight.t() + block.mlp.fc1.bias
     branch = F.gelu(branch) @ block.mlp.fc2.weight.t() + block.mlp.fc2.bias
     expected = h + (branch * block.gamma_2 if init_values else branch)
-    assert relative_error(block(x), expected) < EXACT_RTOL
+    got = block(x)
+    assert relative_error(got, expected) < EXACT_RTOL
+    # The attention's own parameters stand under other names in its twin.
+    parameters = dict(block.named_parameters())
+    shared = [x, *(p for name, p in parameters.items() if not name.startswith("attn"))]
+    mine, theirs = block.attn, attention
+    own = [mine.qkv.weight, mine.proj.weight, mine.proj.bias, mine.q_bias, mine.v_bias]
+    twins = [theirs.in_proj_weight, theirs.out_proj.weight, theirs.out_proj.bias]
+    upstream = normal(2, 11, width, seed=1)
+    grads = torch.autograd.grad(got, [*shared, *own], upstream)
+    *truths, bias = torch.autograd.grad(expected, [*shared, *twins, theirs.in_proj_bias], upstream)
+    query, _, value = bias.chunk(3)
+    for gradient, truth in zip(grads, [*truths, query, value], strict=True):
+        assert relative_error(gradient, truth) < EXACT_RTOL
 
 
 def test_drop_path_drops_whole_clips_and_keeps_the_mean():

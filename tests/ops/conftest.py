@@ -110,10 +110,41 @@ def linear_masked_mse(batch):
     return function, [(batch, 5, 7), (96, 7), (96,)], (video, idx, scored)
 
 
+def attention(batch):
+    def function(qkv):
+        return ops.attention(qkv, 2)
+
+    return function, [(batch, 6, 3 * 2 * 4)], ()
+
+
+def cross_attention(batch):
+    def function(q, kv):
+        return ops.cross_attention(q, kv, 2, scale=0.3)
+
+    return function, [(batch, 5, 2 * 4), (batch, 7, 2 * 2 * 4)], ()
+
+
+def divided_attention_in_time(batch):
+    def function(qkv):
+        return ops.divided_attention(qkv, 2, (2, 3), "time")
+
+    return function, [(batch, 6, 3 * 2 * 4)], ()
+
+
+def divided_attention_with_class_token(batch):
+    def function(qkv):
+        return ops.divided_attention(qkv, 2, (3, 1, 2), "space", class_token=True)
+
+    return function, [(batch, 7, 3 * 2 * 4)], ()
+
+
 USES = [
     gather_tokens, decoder_tokens, tubelet_embed_uint8, tubelet_embed_floating, masked_mse,
-    linear_masked_mse,
+    linear_masked_mse, attention, cross_attention, divided_attention_in_time,
+    divided_attention_with_class_token,
 ]  # fmt: skip
+# What the names of two uses of one op end in.
+VARIANTS = ("_uint8", "_floating", "_in_time", "_with_class_token")
 
 
 @pytest.fixture(params=USES, ids=lambda use: use.__name__)
@@ -124,7 +155,9 @@ def use_of(request):
         function, shapes, rest = request.param(batch)
         generator = torch.Generator().manual_seed(7)
         leaves = tuple(torch.randn(s, generator=generator).requires_grad_() for s in shapes)
-        name = request.param.__name__.removesuffix("_uint8").removesuffix("_floating")
+        name = request.param.__name__
+        for variant in VARIANTS:
+            name = name.removesuffix(variant)
         return Use(name, function, leaves, rest)
 
     return make

@@ -167,6 +167,57 @@ def test_gradients_of_linear_masked_mse_are_added_up_in_fp32(name, device):
     assert relative_error(gradient(torch.float32), truth) < 0.01 * rounded
 
 
+ATTENTION = {
+    "joint": lambda qkv: ops.attention(qkv, 2),
+    "time": lambda qkv: ops.divided_attention(qkv, 2, (5, 7), "time"),
+    "space": lambda qkv: ops.divided_attention(qkv[:, :34], 2, (3, 11), "space", class_token=True),
+    "cross": lambda qkv: ops.cross_attention(qkv[:, :9, :64], qkv[..., 64:], 2),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_is_as_accurate_as_in_bf16(kind, device):
+    """Autocast rounds the projections; the gradient comes back as wide as they were."""
+    function = ATTENTION[kind]
+    given = normal(4, 35, 3 * 64, device=device)
+
+    def run(wide, autocast):
+        qkv = given.to(wide).requires_grad_()
+        with torch.autocast(device.type, LOW, enabled=autocast):
+            out = function(qkv)
+        upstream = normal(*out.shape, seed=5, device=device)
+        return out, *torch.autograd.grad(out, qkv, upstream.to(out.dtype))
+
+    got, low, truth = run(torch.float32, True), run(LOW, False), run(torch.float64, False)
+    assert [x.dtype for x in got] == [LOW, torch.float32]
+    assert torch.equal(got[0], low[0])
+    assert relative_error(got[1], truth[1]) <= 1.01 * relative_error(low[1], truth[1])
+    # One rounding of values, weights and output.
+    assert relative_error(got[0], truth[0]) < torch.finfo(LOW).eps
+
+
+def test_cross_attention_of_two_dtypes_under_autocast(device):
+    """A norm's fp32 queries and a linear layer's bf16 keys, as autocast makes them."""
+    q, kv = normal(2, 5, 64, device=device), normal(2, 7, 128, device=device)
+    expected = ops.cross_attention(q.to(LOW), kv.to(LOW), 2)
+    leaves = [q.requires_grad_(), kv.to(LOW).requires_grad_()]
+    with torch.autocast(device.type, LOW):
+        out = ops.cross_attention(*leaves, 2)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.float32, LOW]
+
+
+def test_attention_in_fp64_is_left_alone(device):
+    qkv = normal(2, 7, 192, device=device).double()
+    with torch.autocast(device.type, LOW):
+        out = ops.attention(qkv, 2)
+    assert out.dtype == torch.float64
+    q, k, v = (x.unflatten(2, (2, 32)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+    expected = (q @ k.mT / 32**0.5).softmax(3) @ v
+    assert relative_error(out, expected.transpose(1, 2).flatten(2)) < 1e-12
+
+
 def test_fp64_is_left_alone(device):
     """As torch's own operations do under autocast."""
     leaves, idx = embedding(device)

@@ -26,6 +26,8 @@ def calls(dtype):
     """A call of every op on the CPU."""
     x, weight = torch.zeros(2, 8, 6, dtype=dtype), torch.zeros(6, 3, *SIZE, dtype=dtype)
     pred, head = torch.zeros(2, 4, 96, dtype=dtype), torch.zeros(96, 6, dtype=dtype)
+    # One head of width 32; pred is q, k and v of it as well.
+    q, kv = pred[..., :32], pred[..., 32:]
     return {
         "gather_tokens": lambda: ops.gather_tokens(x, IDX),
         "decoder_tokens": lambda: ops.decoder_tokens(x[:, :4], x[0, 0], x[0], IDX, IDX),
@@ -33,6 +35,9 @@ def calls(dtype):
         "masked_mse": lambda: ops.masked_mse(pred, VIDEO, IDX, SIZE),
         "zero_prediction_mse": lambda: ops.zero_prediction_mse(VIDEO, IDX, SIZE),
         "linear_masked_mse": lambda: ops.linear_masked_mse(x[:, :4], head, None, VIDEO, IDX, SIZE),
+        "attention": lambda: ops.attention(pred, 1),
+        "cross_attention": lambda: ops.cross_attention(q, kv, 1),
+        "divided_attention": lambda: ops.divided_attention(pred, 1, (2, 2), "time"),
     }
 
 
@@ -48,6 +53,12 @@ def test_triton_does_no_fp64(name):
     message = "^backend triton takes float32, float16 and bfloat16, got torch.float64$"
     with ops.backend("triton"), pytest.raises(RuntimeError, match=message):
         calls(torch.float64)[name]()
+
+
+def test_triton_takes_some_head_widths_only():
+    message = r"^backend triton cannot take heads of width 24, only of 32, 64, 80, 88, 128$"
+    with ops.backend("triton"), pytest.raises(RuntimeError, match=message):
+        ops.attention(torch.zeros(2, 8, 3 * 24), 1)
 
 
 @pytest.mark.parametrize("chosen", ["auto", "reference"])

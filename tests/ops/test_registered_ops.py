@@ -125,10 +125,84 @@ def linear_masked_mse_backward(given):
     yield grad, *kept, given.scored > 0
 
 
+# A head width for the kernels of a GPU; one of 5 is the reference's there.
+HEADS, COLUMNS = 2, 2 * 32
+LOW_TO_WIDE = (torch.bfloat16, torch.float32, torch.float64)
+SCALE = 0.3
+
+
+def transposed(x):
+    """The same values with columns far apart; a leaf."""
+    wants = x.requires_grad
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(wants)
+
+
+def attention(given):
+    for dtype in LOW_TO_WIDE:
+        yield given.normal(2, 5, 3 * COLUMNS, dtype=dtype), HEADS, SCALE
+    yield transposed(given.normal(2, 5, 3 * COLUMNS)), HEADS, SCALE
+    # Every second token of a longer clip, without a gradient.
+    yield given.normal(2, 10, 3 * COLUMNS, grad=False)[:, ::2], HEADS, SCALE
+    yield given.normal(0, 5, 3 * COLUMNS), HEADS, SCALE
+    yield given.normal(2, 0, 3 * COLUMNS), HEADS, SCALE
+    yield given.normal(1, 1, 3 * 3 * 5), 3, SCALE
+
+
+def cross_attention(given):
+    for dtype in LOW_TO_WIDE:
+        kv = given.normal(2, 7, 2 * COLUMNS, dtype=dtype)
+        yield given.normal(2, 3, COLUMNS, dtype=dtype), kv, HEADS, SCALE
+    q, kv = given.normal(2, 3, COLUMNS), given.normal(2, 7, 2 * COLUMNS)
+    yield transposed(q), transposed(kv), HEADS, SCALE
+    yield q.detach(), kv, HEADS, SCALE
+    yield q, kv.detach(), HEADS, SCALE
+    yield given.normal(0, 3, COLUMNS), given.normal(0, 7, 2 * COLUMNS), HEADS, SCALE
+    yield given.normal(2, 0, COLUMNS), kv, HEADS, SCALE
+    yield given.normal(2, 3, 3 * 5), given.normal(2, 2, 2 * 3 * 5), 3, SCALE
+
+
+def divided_attention(given):
+    for axis in ("time", "space"):
+        for class_token in (False, True):
+            rest = (HEADS, 2, 3, axis, class_token, SCALE)
+            shape = (2, 6 + class_token, 3 * COLUMNS)
+            yield given.normal(*shape), *rest
+            yield transposed(given.normal(*shape, dtype=torch.bfloat16)), *rest
+        yield given.normal(*shape, dtype=torch.float64), *rest
+        yield given.normal(0, *shape[1:]), *rest
+    yield given.normal(2, 6, 3 * 3 * 5), 3, 1, 6, "space", False, SCALE
+    yield given.normal(2, 6, 3 * 3 * 5, grad=False), 3, 6, 1, "space", False, SCALE
+
+
+def attention_backward(given):
+    return _attention_backward(given, attention, 1)
+
+
+def cross_attention_backward(given):
+    return _attention_backward(given, cross_attention, 2)
+
+
+def divided_attention_backward(given):
+    return _attention_backward(given, divided_attention, 1)
+
+
+def _attention_backward(given, case, tensors):
+    """What the op returned goes in again; once the upstream gradient is no dense tensor."""
+    op = getattr(OPS, case.__name__).default
+    for arguments in case(given):
+        given_tensors = [one.detach() for one in arguments[:tensors]]
+        results = op(*given_tensors, *arguments[tensors:])
+        grad = given.normal(*results[0].shape, grad=False, dtype=results[0].dtype)
+        yield grad, *given_tensors, *results, *arguments[tensors:]
+    grad = torch.ones((), dtype=grad.dtype, device=grad.device).expand(grad.shape)
+    yield grad, *given_tensors, *results, *arguments[tensors:]
+
+
 CASES = [
     gather_tokens, gather_tokens_backward, decoder_tokens, decoder_tokens_backward,
     tubelet_embed, tubelet_embed_backward, masked_mse, masked_mse_backward,
-    linear_masked_mse, linear_masked_mse_backward,
+    linear_masked_mse, linear_masked_mse_backward, attention, attention_backward,
+    cross_attention, cross_attention_backward, divided_attention, divided_attention_backward,
 ]  # fmt: skip
 
 

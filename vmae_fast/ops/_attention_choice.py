@@ -127,8 +127,9 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
         RuntimeError: a kernel was demanded that cannot run.
     """
     unsuited = why_not(q.shape[3])
-    # On a meta device as on a CPU: the op is what has formulas for shapes and operations.
-    if q.device.type in ("cpu", "meta") or chosen_backend() == "triton":
+    # On a meta device as on a CPU: the op is what has formulas for shapes and operations. Nothing
+    # to attend is no case for a kernel.
+    if q.device.type in ("cpu", "meta") or chosen_backend() == "triton" or q.numel() == 0:
         return "op"
     demanded = "sdpa" if chosen_backend() == "reference" else _chosen
     deterministic = torch.are_deterministic_algorithms_enabled()
