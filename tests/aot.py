@@ -5,14 +5,17 @@ a target instead, with the argument types, the specialisations and the table row
 """
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -20,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import vmae_fast.kernels
 from vmae_fast.kernels import _launch
 
 # Shared memory a block may have, in bytes, by target: CUDA C++ Programming Guide, table of
@@ -88,13 +92,13 @@ class Recorder:
     """While active, launches are noted instead of run, as on a GPU of ``target``.
 
     Attributes:
-        launches: what there is to compile, each once.
+        launches: what there is to compile, each once, with the table row it was launched with.
         rows: the table rows that were launched with, each object once.
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
-        self.launches: dict[Launch, None] = {}
+        self.launches: dict[Launch, _launch.Row] = {}
         self.rows: list[_launch.Row] = []
         self._patches = ExitStack()
 
@@ -127,7 +131,7 @@ class Recorder:
             num_warps=row.num_warps,
             num_stages=row.num_stages,
         )
-        self.launches[launch] = None
+        self.launches[launch] = row
         if not any(row is known for known in self.rows):
             self.rows.append(row)
 
@@ -161,6 +165,50 @@ def compile_launch(launch: Launch) -> Compiled:
         )
     registers, stack_bytes = _resources(made.asm["cubin"])
     return Compiled(made.asm["ptx"], registers, stack_bytes, made.metadata.shared)
+
+
+def faults(
+    launch: Launch, made: Compiled, dtype: torch.dtype, shared_bytes: int, product: str = ""
+) -> Iterator[str]:
+    """What is wrong with a compiled launch.
+
+    Args:
+        launch: what was compiled.
+        made: what came of it.
+        dtype: that it computes in. fp32 is for checking, not for speed: it may spill.
+        shared_bytes: shared memory that it may have.
+        product: instruction that its products of matrices are to be, except in fp32.
+    """
+    if made.shared_bytes > shared_bytes:
+        yield f"{made.shared_bytes} bytes of shared memory, above {shared_bytes}"
+    if dtype == torch.float32:
+        if "tf32" in made.ptx:
+            yield "fp32 is rounded to tf32"
+        return
+    if made.stack_bytes:
+        yield f"{made.stack_bytes} bytes of spilled registers"
+    if product not in made.ptx:
+        yield f"no {product}"
+
+
+def kernel_modules(*, attention: bool) -> list[ModuleType]:
+    """The modules of vmae_fast.kernels: those of attention, or the others.
+
+    Each kind has a test file that compiles it.
+    """
+    names = [module.name for module in pkgutil.iter_modules(vmae_fast.kernels.__path__)]
+    wanted = [name for name in names if ("attention" in name) == attention]
+    return [importlib.import_module(f"vmae_fast.kernels.{name}") for name in wanted]
+
+
+def kernels_of(modules: list[ModuleType]) -> set[str]:
+    """Names of the kernels that are written in modules."""
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
 
 
 def _type_of(value: object) -> str:

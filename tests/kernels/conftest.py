@@ -1,9 +1,29 @@
 """Triton kernels: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
 import pytest
 import torch
+from aot import SHARED_BYTES, compile_all, faults
 
 from vmae_fast import ops
+from vmae_fast.kernels import attention
+from vmae_fast.kernels import packed_attention as packed
+from vmae_fast.kernels import tiled_attention as tiled
+from vmae_fast.kernels import whole_attention as whole
+from vmae_fast.kernels._launch import Row
+from vmae_fast.kernels.attention_tiles import joint
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is slow runs where it is asked for."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +53,81 @@ def kernels():
         yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def force(monkeypatch, device):
+    """A function that has one family of attention kernels run, whatever the tables prefer.
+
+    On a GPU a pass that the family's tables have no row for stays with what they do have.
+    """
+
+    def choose(family, num_keys, head_width, dtype):
+        forward, backward = {
+            "packed": (packed.packed_attention, packed.packed_attention_backward),
+            "whole": (whole.whole_attention, whole.whole_attention_backward),
+            "tiled": (tiled.tiled_attention, tiled.tiled_attention_backward),
+        }[family]
+        if family != "tiled":
+            rows = rows_of(family, num_keys, head_width, dtype)
+            forward, backward = (
+                row and partial(launcher, row)
+                for launcher, row in zip((forward, backward), rows, strict=True)
+            )
+        if forward:
+            monkeypatch.setattr(attention, "_forward_for", lambda *_: forward)
+        if backward:
+            monkeypatch.setattr(attention, "_backward_for", lambda *_: backward)
+
+    def rows_of(family, num_keys, head_width, dtype):
+        given = torch.empty(1, 1, 1, head_width, dtype=dtype, device=device), joint(num_keys)
+        if family == "packed":
+            rows = packed.packed_forward_row(*given), packed.packed_backward_row(*given)
+            other = Row({"BLOCK": 64})
+        else:
+            rows = whole.whole_forward_row(*given), whole.whole_backward_row(*given)
+            other = Row({"BLOCK_M": 32})
+        if device.type == "cpu":
+            # In the interpreter everything fits.
+            return [row or other for row in rows]
+        if rows == (None, None):
+            pytest.skip(f"no row of {family} attention's tables is for so many keys")
+        return rows
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def pool():
+    # Spawned: this process has threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """What was compiled already."""
+    return {}
+
+
+@pytest.fixture
+def compile_and_check(pool, compiled, record_property):
+    """A function that compiles launches of a dtype and looks at what came out.
+
+    It takes, of a launch, the instruction that its products of matrices are to be ("" for any) and
+    the shared memory that it may have.
+    """
+
+    def run(launches, dtype, product_of, shared_of=lambda launch: SHARED_BYTES[launch.target]):
+        assert launches
+        compiled.update(compile_all([one for one in launches if one not in compiled], pool))
+        found = []
+        for one in launches:
+            made = compiled[one]
+            record_property(str(one), f"{made.registers} registers, {made.stack_bytes} of stack")
+            wrong = faults(one, made, dtype, shared_of(one), product_of(one))
+            found += [f"{fault}: {one}" for fault in wrong]
+        assert not found, "\n".join(found)
+
+    return run

@@ -1,19 +1,16 @@
-"""Every kernel compiled for every target, as its launcher would launch it."""
+"""Every kernel compiled for every target, as its launcher would launch it.
 
-import importlib
-import multiprocessing
+Those of attention are in test_compile_attention.py.
+"""
+
 import os
-import pkgutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
 import torch
-import triton
-from aot import SHARED_BYTES, Recorder, compile_all
+from aot import Recorder, kernel_modules, kernels_of
 
-import vmae_fast.kernels
 from vmae_fast.kernels import linear_masked_mse, masked_mse, token_gather, tubelet_embed
 from vmae_fast.kernels._launch import FLOAT_DTYPES, TARGETS, Row
 
@@ -186,46 +183,16 @@ def base():
     return recorders
 
 
-@pytest.fixture(scope="module")
-def pool():
-    # Spawned: this process has threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as executor:
-        yield executor
-
-
-@pytest.fixture(scope="module")
-def known():
-    """What was compiled already."""
-    return {}
-
-
 @pytest.fixture
-def check(pool, known, record_property):
+def check(compile_and_check):
     """Compile launches of a dtype and look at what came out."""
 
-    def faults(launch, made, dtype):
-        if made.shared_bytes > SHARED_BYTES[launch.target]:
-            yield f"{made.shared_bytes} bytes of shared memory"
-        if dtype == torch.float32:
-            # fp32 is for checking, not for speed: spills are reported only.
-            record_property(str(launch), f"{made.stack_bytes} bytes of stack")
-            if "tf32" in made.ptx:
-                yield "fp32 is rounded to tf32"
-            return
-        if made.stack_bytes:
-            yield f"{made.stack_bytes} bytes of spilled registers"
-        product = "wgmma" if launch.target == 90 else "mma"
-        if launch.kernel == "_embed_kernel" and product not in made.ptx:
-            yield f"no {product}"
+    def product_of(launch):
+        if launch.kernel != "_embed_kernel":
+            return ""
+        return "wgmma" if launch.target == 90 else "mma"
 
-    def compile_and_check(launches, dtype):
-        assert launches
-        known.update(compile_all([one for one in launches if one not in known], pool))
-        found = [f"{fault}: {one}" for one in launches for fault in faults(one, known[one], dtype)]
-        assert found == []
-
-    return compile_and_check
+    return lambda launches, dtype: compile_and_check(launches, dtype, product_of)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -274,18 +241,11 @@ def test_strides_beyond_32_bits(check):
 # ---- nothing is left out ------------------------------------------------------------------
 
 
-def every_module():
-    names = [module.name for module in pkgutil.iter_modules(vmae_fast.kernels.__path__)]
-    return [importlib.import_module(f"vmae_fast.kernels.{name}") for name in names]
+MODULES = kernel_modules(attention=False)
 
 
 def test_every_kernel_is_compiled(base):
-    written = {
-        name
-        for module in every_module()
-        for name, value in vars(module).items()
-        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
-    }
+    written = kernels_of(MODULES)
     assert len(written) >= 10
     for target in TARGETS:
         launches = [one for dtype in FLOAT_DTYPES for one in base[target, dtype].launches]
@@ -304,7 +264,7 @@ def rows_not_launched(recorders):
 
     wanted = []  # name, row, targets, dtypes
     keyed = []
-    for module in every_module():
+    for module in MODULES:
         for name, value in vars(module).items():
             if isinstance(value, Row):
                 wanted.append((name, value, TARGETS, FLOAT_DTYPES))

@@ -129,7 +129,7 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
     unsuited = why_not(q.shape[3])
     # On a meta device as on a CPU: the op is what has formulas for shapes and operations. Nothing
     # to attend is no case for a kernel.
-    if q.device.type in ("cpu", "meta") or chosen_backend() == "triton" or q.numel() == 0:
+    if q.device.type in ("cpu", "meta") or chosen_backend() == "triton" or 0 in q.shape:
         return "op"
     demanded = "sdpa" if chosen_backend() == "reference" else _chosen
     deterministic = torch.are_deterministic_algorithms_enabled()
