@@ -66,10 +66,13 @@ _FORWARD = _table(
     | {(100, width): Fit(256, _QUERIES_64) for width in (32, 64)}
     | {(100, width): Fit(208, _QUERIES_64_WIDE) for width in (80, 88, 128)}
 )
-_BACKWARD_ROW = Row({"BLOCK_M": 32}, num_warps=8, num_stages=1)
+_BACKWARD_BEFORE_HOPPER = Fit(160, Row({"BLOCK_M": 32}, num_warps=8, num_stages=1))
 _BACKWARD = _table(
-    {(80, 64): Fit(160, _BACKWARD_ROW), (90, 64): Fit(192, _BACKWARD_ROW)}
-    | {(120, 64): Fit(160, _BACKWARD_ROW)}
+    {
+        (80, 64): _BACKWARD_BEFORE_HOPPER,
+        (90, 64): Fit(160, Row({"BLOCK_M": 32}, num_warps=8, num_stages=2)),
+        (120, 64): _BACKWARD_BEFORE_HOPPER,
+    }
 )
 
 
