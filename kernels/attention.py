@@ -172,7 +172,7 @@ def attention_triton(given: Three, sequences: Sequences, scale: float) -> Result
     if sequences.class_token:
         class_out = q.new_empty(batch, sequences.count, heads, head_width, dtype=torch.float32)
     results = Results(q.new_empty(q.shape), class_out, lse)
-    run = _forward_for(q, num_queries, sequences)
+    run = _forward_for(given, num_queries, sequences)
     run(given, results, sequences, scale)
     if class_out is not None:
         results.out[:, 0] = class_out.mean(1)
@@ -203,26 +203,29 @@ def attention_backward_triton(
         # Rows as far apart as those of the packed gradient.
         class_grads = q.new_empty(*class_out.shape[:2], 3, *q.shape[2:], dtype=torch.float32)
         own = class_grads.unbind(2)
-    run = _backward_for(q, results.lse.shape[2], sequences)
+    run = _backward_for(given, results.lse.shape[2], sequences, grads)
     run(grad, given, results, grads, own, sequences, scale)
     if class_grads is not None:
         for into, total in zip(grads, class_grads.sum(1).unbind(1), strict=True):
             into[:, 0] = total
 
 
-def _forward_for(q: Tensor, num_queries: int, sequences: Sequences) -> Any:
+def _forward_for(given: Three, num_queries: int, sequences: Sequences) -> Any:
     """The launcher for these lengths."""
-    packed = packed_forward_row(q, sequences) if num_queries == sequences.total else None
-    if packed is not None:
+    q, k, _ = given
+    packed = packed_forward_row(q, sequences)
+    if packed is not None and num_queries == sequences.total and q.stride() == k.stride():
         return partial(packed_attention, packed)
     whole = whole_forward_row(q, sequences)
     return tiled_attention if whole is None else partial(whole_attention, whole)
 
 
-def _backward_for(q: Tensor, num_queries: int, sequences: Sequences) -> Any:
+def _backward_for(given: Three, num_queries: int, sequences: Sequences, grads: Three) -> Any:
     """The launcher of the backward pass, which need not be of the same kind."""
-    packed = packed_backward_row(q, sequences) if num_queries == sequences.total else None
-    if packed is not None:
+    q, k, _ = given
+    packed = packed_backward_row(q, sequences)
+    alike = q.stride() == k.stride() and grads[0].stride() == grads[1].stride()
+    if packed is not None and num_queries == sequences.total and alike:
         return partial(packed_attention_backward, packed)
     whole = whole_backward_row(q, sequences)
     if whole is not None:

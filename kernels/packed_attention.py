@@ -1,8 +1,10 @@
 """Attention among few tokens: several short sequences in one tile, each seeing its own alone.
 
 For columns of a grid along time (2 to 32 tokens) and small rows across space. All logits of a tile
-are on the chip at once, so the backward pass reads neither the output nor sums over it. What is
-computed of other sequences' logits is thrown away; the time goes into moving q, k and v.
+are on the chip at once, so the backward pass reads neither output nor log-sum-exp. What is
+computed of other sequences' logits is thrown away; the time goes into moving q, k and v. A tile
+holds sequences of one clip only: a weight of zero times a value that is not finite is not zero, and
+nothing of one clip may reach another.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from .attention_tiles import (
     load_parts,
     scaled,
     store_with_class,
-    to_log2,
     token_at,
     zeros,
 )
@@ -59,18 +60,25 @@ _FORWARD = _table({(80, *key): warps for key, warps in _FORWARD_WARPS.items()})
 _BACKWARD = _table(
     {(80, *key): warps for key, warps in (_BACKWARD_WARPS | _BEFORE_HOPPER).items()}
     | {(90, *key): warps for key, warps in _SINCE_HOPPER.items()}
+    | {(100, 128, 64): 4}
     # The last without Hopper's or the data centre Blackwell's matrix units.
     | {(120, *key): warps for key, warps in _BEFORE_HOPPER.items()}
 )
 
 
 @jit
-def _rows_of_tile(tile, length, per_tile, num_sequences, groups, BLOCK: tl.constexpr):
-    """Of each row of a tile: clip (int64), sequence of it, position in it, whether there is one."""
+def _place(program, tiles, heads):
+    """Tile of a clip, head and clip (int64); heads fastest, since theirs are neighbours."""
+    tile = program // heads
+    return tile % tiles, program % heads, (tile // tiles).to(tl.int64)
+
+
+@jit
+def _rows_of_tile(tile, length, per_tile, groups, BLOCK: tl.constexpr):
+    """Of each row of a clip's tile: sequence, position in it, whether there is one."""
     row = tl.arange(0, BLOCK)
-    sequence = tile * per_tile + row // length
-    mask = (row < per_tile * length) & (sequence < num_sequences)
-    return (sequence // groups).to(tl.int64), sequence % groups, row % length, mask
+    group = tile * per_tile + row // length
+    return group, row % length, (row < per_tile * length) & (group < groups)
 
 
 @jit
@@ -84,19 +92,17 @@ def _of_one_sequence(length, BLOCK: tl.constexpr):
 @jit
 def _packed_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, class_out_ptr,
-    num_sequences, per_tile, length, heads, groups, step, stride,
+    tiles, per_tile, length, heads, groups, step, stride,
     stride_clip, stride_token, stride_out_clip, scale_log2,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CLASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head of per_tile whole sequences.
+    """One head of per_tile whole sequences of a clip.
 
-    Grid: tiles x heads, heads fastest. Writes all of out, lse and class_out.
+    Grid: clips x tiles x heads, heads fastest. Writes all of out, lse and class_out.
     """
-    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    clip, group, position, mask = _rows_of_tile(
-        tile, length, per_tile, num_sequences, groups, BLOCK
-    )
+    tile, head, clip = _place(tl.program_id(0), tiles, heads)
+    group, position, mask = _rows_of_tile(tile, length, per_tile, groups, BLOCK)
     token = token_at(position, group, step, stride, CLASS)
     rows = clip * stride_clip + token * stride_token + head * K
     q = load_parts(q_ptr, rows, mask, True, K, K0, K1)
@@ -119,22 +125,20 @@ def _packed_attention_kernel(
 
 @jit
 def _packed_attention_backward_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr,
     class_grad_q_ptr, class_grad_k_ptr, class_grad_v_ptr,
-    num_sequences, per_tile, length, heads, groups, step, stride,
+    tiles, per_tile, length, heads, groups, step, stride,
     stride_clip, stride_token, stride_out_clip, stride_grad_clip, stride_grad_token,
     scale, scale_log2,
     K: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, CLASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of per_tile whole sequences.
+    """All gradients of one head of per_tile whole sequences of a clip.
 
-    Grid: tiles x heads, heads fastest. Writes all of grad_q, grad_k and grad_v.
+    Grid: clips x tiles x heads, heads fastest. Writes all of grad_q, grad_k and grad_v.
     """
-    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    clip, group, position, mask = _rows_of_tile(
-        tile, length, per_tile, num_sequences, groups, BLOCK
-    )
+    tile, head, clip = _place(tl.program_id(0), tiles, heads)
+    group, position, mask = _rows_of_tile(tile, length, per_tile, groups, BLOCK)
     is_class = position == 0
     token = token_at(position, group, step, stride, CLASS)
     rows = clip * stride_clip + token * stride_token + head * K
@@ -146,16 +150,15 @@ def _packed_attention_backward_kernel(
     if CLASS:
         # The class token's output is the mean over sequences of its outputs in each.
         grad = cast(scaled(grad, tl.where(is_class, 1.0 / groups, 1.0)[:, None]), grad)
-    sequence = clip * groups + group
-    at = (sequence * heads + head) * length + position
-    lse_log2 = to_log2(tl.load(lse_ptr + at, mask=mask, other=0.0))
-    weights = tl.exp2(inner(q, k) * scale_log2 - lse_log2[:, None])
-    weights = tl.where(_of_one_sequence(length, BLOCK), weights, 0.0)
+    # Anew, not from the log-sum-exp, whose rounding would be that of the weights.
+    logits = tl.where(_of_one_sequence(length, BLOCK), inner(q, k) * scale_log2, float("-inf"))
+    weights = tl.exp2(logits - tl.max(logits, axis=1)[:, None])
+    weights = weights / tl.sum(weights, axis=1)[:, None]
     grad_weights = inner(grad, v)
     delta = tl.sum(weights * grad_weights, axis=1)
     grad_logits = (weights * (grad_weights - delta[:, None])).to(q[0].dtype)
     rows = clip * stride_grad_clip + token * stride_grad_token + head * K
-    class_rows = sequence * stride_grad_token + head * K
+    class_rows = (clip * groups + group) * stride_grad_token + head * K
     grad_v = add_product(zeros(BLOCK, K0, K1), tl.trans(weights.to(q[0].dtype)), grad)
     store_with_class(
         grad_v_ptr, class_grad_v_ptr, rows, class_rows, mask, is_class, grad_v, K, K0, K1, CLASS
@@ -202,7 +205,7 @@ def packed_attention(
 ) -> None:
     """Write the results; see :func:`.attention.attention_triton`."""
     (q, k, v), (out, class_out, lse) = given, results
-    programs, lengths = _tiles(row, q, lse, sequences)
+    programs, lengths = _tiles(row, q, sequences)
     _launch.launch(
         _packed_attention_kernel, programs, q, k, v, out, lse, class_out,
         *lengths, q.stride(0), q.stride(1), out.stride(0), scale * LOG2_E,
@@ -221,20 +224,21 @@ def packed_attention_backward(
     scale: float,
 ) -> None:
     """Write grads and class_grads; see :func:`.attention.attention_backward_triton`."""
-    (q, k, v), (out, _, lse) = given, results
-    programs, lengths = _tiles(row, q, lse, sequences)
+    (q, k, v), out = given, results.out
+    programs, lengths = _tiles(row, q, sequences)
     _launch.launch(
-        _packed_attention_backward_kernel, programs, grad, q, k, v, lse, *grads, *class_grads,
+        _packed_attention_backward_kernel, programs, grad, q, k, v, *grads, *class_grads,
         *lengths, q.stride(0), q.stride(1), out.stride(0), grads[0].stride(0), grads[0].stride(1),
         scale, scale * LOG2_E, row=row, **as_constants(q.shape[3], sequences),
     )  # fmt: skip
 
 
-def _tiles(row: Row, q: Tensor, lse: Tensor, sequences: Sequences) -> tuple[int, tuple[int, ...]]:
+def _tiles(row: Row, q: Tensor, sequences: Sequences) -> tuple[int, tuple[int, ...]]:
     """Programs, and what says which rows of a tile are where, as the kernels take it."""
-    heads, per_tile = q.shape[2], row.blocks["BLOCK"] // sequences.total
+    batch, _, heads, _ = q.shape
+    per_tile = row.blocks["BLOCK"] // sequences.total
+    tiles = cdiv(sequences.count, per_tile)
     lengths = (
-        lse.shape[0], per_tile, sequences.total, heads, sequences.count,
-        sequences.step, sequences.stride,
+        tiles, per_tile, sequences.total, heads, sequences.count, sequences.step, sequences.stride
     )  # fmt: skip
-    return cdiv(lse.shape[0], per_tile) * heads, lengths
+    return batch * tiles * heads, lengths

@@ -37,12 +37,14 @@ from .attention_tiles import (
 )
 
 
-def _table(before_hopper: dict[int, Row], since_hopper: Row) -> dict[tuple[int, Any, int], Row]:
-    """Rows by target, dtype and head width."""
+def _table(
+    before_hopper: dict[int, Row], since_hopper: dict[int, Row]
+) -> dict[tuple[int, Any, int], Row]:
+    """Rows by target, dtype and head width, from those of 16-bit dtypes by head width."""
     rows = {(80, torch.float32, width): _FP32 for width in HEAD_PARTS}
     for dtype, width in product((torch.float16, torch.bfloat16), HEAD_PARTS):
         rows[80, dtype, width] = before_hopper[width]
-        rows[90, dtype, width] = since_hopper
+        rows[90, dtype, width] = since_hopper[width]
         # The last without Hopper's or the data centre Blackwell's matrix units.
         rows[120, dtype, width] = before_hopper[width]
     return rows
@@ -55,19 +57,20 @@ _FP32 = Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1)
 # yet measured.
 _FORWARD = _table(
     dict.fromkeys(HEAD_PARTS, Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2)),
-    Row({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+    dict.fromkeys(HEAD_PARTS, Row({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=2)),
 )
 _QUERY_GRADIENT = _table(
     dict.fromkeys((32, 64), Row({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2))
     | dict.fromkeys((80, 88), Row({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2))
     | {128: Row({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2)},
-    Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    dict.fromkeys(HEAD_PARTS, Row({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2)),
 )
 _KEY_VALUE_GRADIENT = _table(
     dict.fromkeys((32, 64), Row({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2))
     | dict.fromkeys((80, 88), Row({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=8, num_stages=2))
-    | {128: Row({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=8, num_stages=2)},
-    Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=3),
+    | {128: Row({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8, num_stages=2)},
+    dict.fromkeys(HEAD_PARTS, Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=3))
+    | {128: Row({"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2)},
 )
 
 

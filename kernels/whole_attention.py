@@ -57,9 +57,11 @@ def _table(fits: dict[tuple[int, int], Fit]) -> dict[tuple[int, Any, int], Fit]:
 # As many keys as leave no register spilt in Triton 3.6 and 3.9. Not yet measured.
 _QUERIES_32 = Row({"BLOCK_M": 32}, num_warps=4, num_stages=1)
 _QUERIES_64 = Row({"BLOCK_M": 64}, num_warps=4, num_stages=1)
+_QUERIES_32_WIDE = Row({"BLOCK_M": 32}, num_warps=8, num_stages=1)
 _QUERIES_64_WIDE = Row({"BLOCK_M": 64}, num_warps=8, num_stages=1)
 _BEFORE_HOPPER = {32: Fit(256, _QUERIES_32), 64: Fit(256, _QUERIES_32)}
-_BEFORE_HOPPER |= dict.fromkeys((80, 88, 128), Fit(160, _QUERIES_64_WIDE))
+_BEFORE_HOPPER |= dict.fromkeys((80, 88), Fit(160, _QUERIES_64_WIDE))
+_BEFORE_HOPPER |= {128: Fit(160, _QUERIES_32_WIDE)}
 _FORWARD = _table(
     {(target, width): fit for target in (80, 120) for width, fit in _BEFORE_HOPPER.items()}
     | {(90, width): Fit(256 if width <= 64 else 192, _QUERIES_64) for width in HEAD_PARTS}

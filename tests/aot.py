@@ -182,7 +182,7 @@ def faults(
     if made.shared_bytes > shared_bytes:
         yield f"{made.shared_bytes} bytes of shared memory, above {shared_bytes}"
     if dtype == torch.float32:
-        if "tf32" in made.ptx:
+        if ".tf32" in made.ptx:
             yield "fp32 is rounded to tf32"
         return
     if made.stack_bytes:

@@ -190,7 +190,7 @@ def check(compile_and_check):
     def product_of(launch):
         if launch.kernel != "_embed_kernel":
             return ""
-        return "wgmma" if launch.target == 90 else "mma"
+        return "wgmma.mma_async" if launch.target == 90 else "mma"
 
     return lambda launches, dtype: compile_and_check(launches, dtype, product_of)
 
