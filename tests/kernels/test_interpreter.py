@@ -52,7 +52,7 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_numerics(file, started):
     process, report, output = started[file.stem]
-    code = process.wait(timeout=600)
+    code = process.wait(timeout=1500)
     assert code == 0, output.read_text()
     passed, skipped = Counter(), []
     for case in ElementTree.parse(report).iter("testcase"):

@@ -155,6 +155,10 @@ def test_tiled_cross_attention(num_queries, num_keys, device, force):
 
 FAMILIES = [("packed", 5), ("packed", 43), ("whole", 70), ("whole", 183), ("tiled", 131)]
 each_family = pytest.mark.parametrize(("family", "num_tokens"), FAMILIES)
+# What does not hang on precision: the interpreter is slow.
+two_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=str, indirect=True
+)
 
 
 @each_family
@@ -183,6 +187,7 @@ def test_small_and_large_logits_in_one_sequence(family, num_tokens, dtype, devic
 
 
 @each_family
+@two_dtypes
 def test_keys_all_alike(family, num_tokens, dtype, device, force):
     """Uniform weights: the mean of the values."""
     force(family, num_tokens, 64, dtype)
@@ -224,6 +229,7 @@ def test_one_key(head_width, family, dtype, device, force):
 
 
 @each_family
+@two_dtypes
 def test_nothing_leaks_from_clip_to_clip(family, num_tokens, dtype, device, force):
     force(family, num_tokens, 64, dtype)
     qkv = normal(2, num_tokens, 3 * 64, dtype=dtype, device=device)
@@ -239,6 +245,7 @@ def test_nothing_leaks_from_clip_to_clip(family, num_tokens, dtype, device, forc
 
 @each_family
 @pytest.mark.parametrize("layout", ["tokens_cut", "every_second_clip", "transposed", "wider"])
+@two_dtypes
 def test_layouts(layout, family, num_tokens, dtype, device, force):
     force(family, num_tokens, 64, dtype)
     columns, given = 3 * 64, {"dtype": dtype, "device": device}
@@ -253,6 +260,7 @@ def test_layouts(layout, family, num_tokens, dtype, device, force):
     check_attention(qkv, 1, upstream=upstream)
 
 
+@two_dtypes
 def test_five_dimensions(dtype, device):
     """``(B, N, 3, H, K)``, straight from a split of the columns."""
     qkv = normal(2, 37, 3 * 2 * 32, dtype=dtype, device=device)
@@ -261,6 +269,7 @@ def test_five_dimensions(dtype, device):
 
 
 @pytest.mark.parametrize("num_keys", [7, 100, 260])
+@two_dtypes
 def test_cross_attention_layouts(num_keys, dtype, device):
     given = {"dtype": dtype, "device": device}
     q = normal(2, 45, 2 * 32, **given)[:, 4::2]
@@ -269,6 +278,7 @@ def test_cross_attention_layouts(num_keys, dtype, device):
 
 
 @pytest.mark.parametrize("num_tokens", [20, 129, 270])
+@two_dtypes
 def test_the_same_from_run_to_run(num_tokens, dtype, device):
     qkv = normal(1, num_tokens, 3 * 64, dtype=dtype, device=device)
     upstream = normal(1, num_tokens, 64, dtype=dtype, device=device, seed=1)

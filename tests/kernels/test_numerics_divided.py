@@ -37,6 +37,10 @@ GRIDS = [  # axis, t, s
     *(("space", 2, s) for s in (63, 64, 65, 196)),
     ("space", 1, 257),
 ]
+# What does not hang on precision: the interpreter is slow.
+two_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=str, indirect=True
+)
 class_token = pytest.mark.parametrize("class_token", [False, True], ids=["", "class_token"])
 each_family = pytest.mark.parametrize(
     ("family", "axis", "t", "s"),
@@ -89,6 +93,7 @@ def test_every_head_width(family, axis, t, s, head_width, class_token, device, f
 
 @class_token
 @pytest.mark.parametrize("axis", ["time", "space"])
+@two_dtypes
 def test_a_grid_of_rows_and_columns(axis, class_token, dtype, device):
     """Two clips, two heads, a grid of three numbers, a scale of its own."""
     qkv = normal(2, class_token + 3 * 4 * 5, 3 * 2 * 32, dtype=dtype, device=device)
@@ -103,6 +108,7 @@ def test_a_grid_of_rows_and_columns(axis, class_token, dtype, device):
 @class_token
 @pytest.mark.parametrize("axis", ["time", "space"])
 @pytest.mark.parametrize("family", ["packed", "whole", "tiled"])
+@two_dtypes
 def test_lengths_that_any_family_takes(family, axis, class_token, dtype, device, force):
     force(family, class_token + 20, 64, dtype, class_token)
     qkv = normal(2, class_token + 20 * 3, 3 * 2 * 64, dtype=dtype, device=device)
@@ -111,6 +117,7 @@ def test_lengths_that_any_family_takes(family, axis, class_token, dtype, device,
 
 @class_token
 @each_family
+@two_dtypes
 def test_layouts(family, axis, t, s, class_token, dtype, device, force):
     force(family, class_token + max(t, s), 64, dtype, class_token)
     num_tokens, given = class_token + t * s, {"dtype": dtype, "device": device}
@@ -121,6 +128,7 @@ def test_layouts(family, axis, t, s, class_token, dtype, device, force):
 
 @class_token
 @each_family
+@two_dtypes
 def test_what_else_is_returned(family, axis, t, s, class_token, dtype, device, force):
     """Log-sum-exp, and the class token's output in each sequence, whose mean is its output."""
     force(family, class_token + max(t, s), 64, dtype, class_token)
@@ -144,6 +152,7 @@ def test_what_else_is_returned(family, axis, t, s, class_token, dtype, device, f
 
 
 @each_family
+@two_dtypes
 def test_nothing_leaks_to_other_sequences_or_clips(family, axis, t, s, dtype, device, force):
     force(family, max(t, s), 64, dtype)
     qkv = normal(2, t * s, 3 * 64, dtype=dtype, device=device)
@@ -165,6 +174,7 @@ def test_nothing_leaks_to_other_sequences_or_clips(family, axis, t, s, dtype, de
 
 @class_token
 @each_family
+@two_dtypes
 def test_the_same_from_run_to_run(family, axis, t, s, class_token, dtype, device, force):
     force(family, class_token + max(t, s), 64, dtype, class_token)
     qkv = normal(1, class_token + t * s, 3 * 64, dtype=dtype, device=device)
