@@ -1,0 +1,11 @@
+#include "short_attention_launch.cuh"
+
+namespace vmae_fast {
+
+template bool fits<88>(int tiles, bool backward);
+template void forward<half, 88>(const Attention& given, Stream stream);
+template void forward<bfloat16, 88>(const Attention& given, Stream stream);
+template void backward<half, 88>(const Attention& given, const Gradients& into, Stream stream);
+template void backward<bfloat16, 88>(const Attention& given, const Gradients& into, Stream stream);
+
+}  // namespace vmae_fast

@@ -1,0 +1,80 @@
+// Launches of both passes for one head width.
+#pragma once
+
+#include "short_attention_backward.cuh"
+#include "short_attention_forward.cuh"
+
+namespace vmae_fast {
+
+// Of the backward pass: up to so many tiles each has a warp of its own; more are shared out in two
+// rounds, to fewer warps with more registers. As many as leave no register spilt. Not yet measured.
+template <int K>
+constexpr int ONE_ROUND = K <= 80 ? 12 : MOST_TILES / 2;
+
+template <int K>
+BackwardPlan<K> backward_plan(int tiles, int stages) {
+  return {tiles, tiles <= ONE_ROUND<K> ? tiles : (tiles + 1) / 2, stages};
+}
+
+template <int K>
+bool fits(int tiles, bool backward) {
+  const int bytes = backward ? backward_plan<K>(tiles, 1).bytes() : forward_bytes<K>(tiles);
+  return bytes <= most_shared_bytes();
+}
+
+template <typename T, int K, int M>
+void launch_forward(const Attention& given, const Grouping& grouping, Stream stream) {
+  const int tiles = grouping.tiles(), warps = (tiles + M - 1) / M;
+  launch(short_attention_kernel<T, K, M>, grouping.items(given.clips),
+         32 * (warps < FORWARD_WARPS ? warps : FORWARD_WARPS), forward_bytes<K>(tiles), stream,
+         static_cast<const T*>(given.q), static_cast<const T*>(given.k),
+         static_cast<const T*>(given.v), given.given, static_cast<T*>(given.out), given.result,
+         given.lse, grouping, tiles, given.scale * LOG2_E);
+}
+
+template <typename T, int K>
+void forward(const Attention& given, Stream stream) {
+  const Grouping grouping = grouping_of(given.sequences, given.heads);
+  // 32 queries a warp halve the reading of keys and values, where there are so many and the
+  // registers allow it. Not yet measured.
+  if constexpr (K <= 64) {
+    if (grouping.per_group == 1 && grouping.tiles() > 4) {
+      return launch_forward<T, K, 2>(given, grouping, stream);
+    }
+  }
+  launch_forward<T, K, 1>(given, grouping, stream);
+}
+
+template <typename T, int K, int WARPS, bool HOLD>
+void launch_backward(const Attention& given, const Gradients& into, const Grouping& grouping,
+                     Stream stream) {
+  constexpr auto kernel = short_attention_backward_kernel<T, K, WARPS, HOLD>;
+  BackwardPlan<K> plan = backward_plan<K>(grouping.tiles(), 1);
+  const int items = grouping.items(given.clips);
+  const int threads = 32 * plan.warps, most = most_shared_bytes();
+  int blocks = items;
+  // Two blocks side by side hide each other's memory accesses as well as two stages would.
+  if (2 * plan.bytes() > most && backward_plan<K>(plan.tiles, 2).bytes() <= most) {
+    plan.stages = 2;
+    const int room = resident_blocks(kernel, threads, plan.bytes());
+    blocks = items < room ? items : room;
+  }
+  launch(kernel, blocks, threads, plan.bytes(), stream, static_cast<const T*>(into.out),
+         static_cast<const T*>(given.q), static_cast<const T*>(given.k),
+         static_cast<const T*>(given.v), static_cast<const T*>(given.out),
+         static_cast<const float*>(given.lse), static_cast<T*>(into.q), static_cast<T*>(into.k),
+         static_cast<T*>(into.v), given.given, given.result, into.given, grouping, items, plan,
+         given.scale);
+}
+
+template <typename T, int K>
+void backward(const Attention& given, const Gradients& into, Stream stream) {
+  const Grouping grouping = grouping_of(given.sequences, given.heads);
+  if (grouping.tiles() <= ONE_ROUND<K>) {
+    launch_backward<T, K, ONE_ROUND<K>, K != 80>(given, into, grouping, stream);
+  } else {
+    launch_backward<T, K, MOST_TILES / 2, true>(given, into, grouping, stream);
+  }
+}
+
+}  // namespace vmae_fast
