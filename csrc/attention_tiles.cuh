@@ -118,19 +118,25 @@ struct Item {
   }
 };
 
-// Rows of K values in shared memory, placed so that one piece of 8 rows that follow each other lies
-// in all banks: by an odd distance from row to row, or, where that would waste a lot, by exchanging
-// the pieces within a row.
+// Where a piece of a row is placed so that one piece of 8 rows that follow each other lies in all
+// banks: where the row is a multiple of 2, 4 or 8 pieces long, so many are exchanged within it.
+__host__ __device__ constexpr int exchanged(int pieces) {
+  return pieces % 8 == 0 ? 3 : pieces % 4 == 0 ? 2 : pieces % 2 == 0 ? 1 : 0;  // as power of two
+}
+
+__device__ __forceinline__ int placed(int exchanged, int row, int piece) {
+  return piece ^ (row >> (3 - exchanged) & ((1 << exchanged) - 1));
+}
+
+// Rows of K values in shared memory.
 template <int K>
 struct Tile {
   static constexpr int PIECES = K / PIECE;
-  static constexpr int PITCH = PIECES % 8 == 0 ? PIECES : PIECES | 1;
   char* base;
 
-  static __host__ __device__ constexpr int bytes(int rows) { return rows * PITCH * 16; }
+  static __host__ __device__ constexpr int bytes(int rows) { return rows * K * 2; }
   __device__ __forceinline__ char* at(int row, int piece) const {
-    const int placed = PIECES % 8 == 0 ? piece ^ (row & 7) : piece;
-    return base + (row * PITCH + placed) * 16;
+    return base + (row * PIECES + placed(exchanged(PIECES), row, piece)) * 16;
   }
   __device__ __forceinline__ Tile from(int row) const { return {base + bytes(row)}; }
 };
@@ -138,14 +144,14 @@ struct Tile {
 // The same of a width that only the launch knows.
 struct WideTile {
   char* base;
-  int pitch;
+  int pieces;
+  int exchange;
 
-  static __host__ __device__ constexpr int pitch_of(int width) { return width / PIECE | 1; }
-  static __host__ __device__ constexpr int bytes(int width, int rows) {
-    return rows * pitch_of(width) * 16;
-  }
+  __device__ __forceinline__ WideTile(char* base, int width)
+      : base(base), pieces(width / PIECE), exchange(exchanged(width / PIECE)) {}
+  static __host__ __device__ constexpr int bytes(int width, int rows) { return rows * width * 2; }
   __device__ __forceinline__ char* at(int row, int piece) const {
-    return base + (row * pitch + piece) * 16;
+    return base + (row * pieces + placed(exchange, row, piece)) * 16;
   }
 };
 

@@ -76,11 +76,14 @@ __device__ __forceinline__ void store_shared(T* shared, T value) {
 
 template <typename T>
 __device__ __forceinline__ T load_global(const T* global) {
-  return __ldg(global);
+  __builtin_assume(__isGlobal(global));
+  return *global;
 }
 
 template <typename T>
 __device__ __forceinline__ void store_global(T* global, T value) {
+  // Pointers out of a struct may be to any memory, for all that the compiler sees.
+  __builtin_assume(__isGlobal(global));
   *global = value;
 }
 

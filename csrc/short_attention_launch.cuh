@@ -6,14 +6,9 @@
 
 namespace vmae_fast {
 
-// Of the backward pass: up to so many tiles each has a warp of its own; more are shared out in two
-// rounds, to fewer warps with more registers. As many as leave no register spilt. Not yet measured.
-template <int K>
-constexpr int ONE_ROUND = K <= 80 ? 12 : MOST_TILES / 2;
-
 template <int K>
 BackwardPlan<K> backward_plan(int tiles, int stages) {
-  return {tiles, tiles <= ONE_ROUND<K> ? tiles : (tiles + 1) / 2, stages};
+  return {tiles, tiles <= BACKWARD_WARPS ? tiles : (tiles + 1) / 2, stages};
 }
 
 template <int K>
@@ -45,10 +40,10 @@ void forward(const Attention& given, Stream stream) {
   launch_forward<T, K, 1>(given, grouping, stream);
 }
 
-template <typename T, int K, int WARPS, bool HOLD>
-void launch_backward(const Attention& given, const Gradients& into, const Grouping& grouping,
-                     Stream stream) {
-  constexpr auto kernel = short_attention_backward_kernel<T, K, WARPS, HOLD>;
+template <typename T, int K>
+void backward(const Attention& given, const Gradients& into, Stream stream) {
+  const Grouping grouping = grouping_of(given.sequences, given.heads);
+  constexpr auto kernel = short_attention_backward_kernel<T, K>;
   BackwardPlan<K> plan = backward_plan<K>(grouping.tiles(), 1);
   const int items = grouping.items(given.clips);
   const int threads = 32 * plan.warps, most = most_shared_bytes();
@@ -61,20 +56,9 @@ void launch_backward(const Attention& given, const Gradients& into, const Groupi
   }
   launch(kernel, blocks, threads, plan.bytes(), stream, static_cast<const T*>(into.out),
          static_cast<const T*>(given.q), static_cast<const T*>(given.k),
-         static_cast<const T*>(given.v), static_cast<const T*>(given.out),
-         static_cast<const float*>(given.lse), static_cast<T*>(into.q), static_cast<T*>(into.k),
-         static_cast<T*>(into.v), given.given, given.result, into.given, grouping, items, plan,
-         given.scale);
-}
-
-template <typename T, int K>
-void backward(const Attention& given, const Gradients& into, Stream stream) {
-  const Grouping grouping = grouping_of(given.sequences, given.heads);
-  if (grouping.tiles() <= ONE_ROUND<K>) {
-    launch_backward<T, K, ONE_ROUND<K>, K != 80>(given, into, grouping, stream);
-  } else {
-    launch_backward<T, K, MOST_TILES / 2, true>(given, into, grouping, stream);
-  }
+         static_cast<const T*>(given.v), static_cast<const float*>(given.lse),
+         static_cast<T*>(into.q), static_cast<T*>(into.k), static_cast<T*>(into.v), given.given,
+         given.result, into.given, grouping, items, plan, given.scale);
 }
 
 }  // namespace vmae_fast
