@@ -105,6 +105,10 @@ DIVIDED = tuple(
     for axis, rows in (("time", 8), ("time", 16), ("space", 8))
 )
 CROSS = Case(64, 1568, 6, 64, queries=1408)
+# Divided attention of what a tube mask leaves visible.
+VISIBLE = tuple(Case(64, 160, 12, 64, axis=axis, rows=8) for axis in ("space", "time"))
+# Those that a CUDA C++ kernel is written for beside the Triton kernel.
+TWINS = (ENCODER, DIVIDED[0], DIVIDED[2], *VISIBLE, *LARGER[:2])
 
 
 class AttentionBatch:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import TWINS
 from environment import device_folder, environment
 from rows import DEVICE, judged, rounded
 from timing import ceilings
@@ -18,12 +19,18 @@ collect_ignore_glob = ["test_*_cpu.py"] if torch.cuda.is_available() else []
 
 # Worth most first: where the time is limited it may run out. All others come after them.
 FIRST = ("test_attention.py", "test_tokens.py", "test_attention_curves.py")
+# Before all: where a CUDA C++ kernel stands beside its Triton twin.
+WITH_TWIN = {"test_masked_mse", *(f"test_attention[{case.name}]" for case in TWINS)}
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
-    )
+    items.sort(key=place)
+
+
+def place(item):
+    """Where a benchmark comes among all."""
+    file = FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+    return item.name not in WITH_TWIN, file
 
 
 def pytest_addoption(parser):

@@ -18,6 +18,15 @@ import torch
 
 @lru_cache(maxsize=1)
 def environment() -> dict[str, str | int]:
+    """As :func:`machine`, and what the CUDA C++ extension was built for, if it is there."""
+    from vmae_fast.ops import _extension
+
+    module = _extension.extension()
+    return machine() | ({"extension": module.about()["architectures"]} if module else {})
+
+
+@lru_cache(maxsize=1)
+def machine() -> dict[str, str | int]:
     """Versions and device as they were at the first call, before result files change the tree.
 
     ``compute_capability``, ``driver`` and ``cuda`` are there with a GPU only; ``triton``,
@@ -70,4 +79,4 @@ def _output(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(environment(), indent=2))
+    print(json.dumps(machine(), indent=2))

@@ -1,11 +1,14 @@
-"""Everything that wants a GPU, in one command: build, tests, benchmarks.
+"""Everything that wants a GPU, in one command: build, tests, sanitizers, benchmarks, counters.
 
     python benchmarks/gpu_suite.py --out DIR
+    python benchmarks/gpu_suite.py --out DIR --no-build --only ncu
 
 Each part runs in a process of its own under a time limit, with its log in DIR; a part that fails
-does not keep the next from running. The last thing printed, and kept as DIR/summary.txt, is a
-short table. Exit status: 0, 1 where a part failed, 2 without a GPU. Needs nothing that torch and
-pytest do not bring.
+does not keep the next from running. Within a part what is worth most comes first, the CUDA C++
+kernels before all: the default limit is for them, and may cut short what follows. All tests, and
+all benchmarks, want a run of their own (--no-build --only tests). The last thing printed, and kept
+as DIR/summary.txt, is a short table. Exit status: 0, 1 where a part failed, 2 without a GPU. Needs
+nothing that torch and pytest do not bring.
 """
 
 import argparse
@@ -21,14 +24,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import report
+from targets import CUDA
+from tools import SKIPPED, notes_in
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("build", "tests", "benchmarks")
-# Of the time that is left when a part starts.
-SHARE = {"build": 0.2, "tests": 0.55, "benchmarks": 1.0}
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PARTS = ("build", "tests", "sanitize", "benchmarks", "ncu")
+# Of the time that is left when a part starts; the last one gets all of it. nvcc may take three
+# minutes on two cores for all architectures, of which one is built here.
+SHARE = {"build": 0.35, "tests": 0.35, "sanitize": 0.25, "benchmarks": 1.0, "ncu": 1.0}
+# A part for which less is left is not started, unless it is asked for.
+LEAST_S = {"ncu": 45}
+# Parts of pytest.
+TESTS = ("tests", "benchmarks")
 # What a stopped pytest gets to write its report before it is killed.
 GRACE_S = 10
-MOST_LINES, MOST_FAILURES, MOST_WIDTH = 110, 20, 160
+MOST_LINES, MOST_FAILURES, MOST_WIDTH = 150, 20, 160
+# Peers of a row that are shown: the quickest.
+MOST_PEERS = 3
 
 
 @dataclass
@@ -36,13 +49,14 @@ class Outcome:
     """How a part went.
 
     Attributes:
-        part: "build", "tests" or "benchmarks".
-        status: exit status; None where it ran past its limit.
+        part: one of PARTS.
+        status: exit status; None where it ran past its limit, SKIPPED where it cannot run here.
         seconds: how long it ran.
         passed, skipped: how many tests.
         failures: test and first line of its error.
         not_collected: files whose tests were never seen, and why.
         missing: files whose tests were never seen for want of a package, by package.
+        notes: what it has to say.
     """
 
     part: str
@@ -53,12 +67,13 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
     not_collected: list[str] = field(default_factory=list)
     missing: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Finished, and nothing wrong but packages that are not there."""
-        if self.part == "build" or self.status is None:
-            return self.status == 0
+        if self.part not in TESTS or self.status is None:
+            return self.status in (0, SKIPPED)
         # 1 is also what files that cannot be collected end with.
         return (
             self.status in (0, 1) and self.passed > 0 and not (self.failures or self.not_collected)
@@ -69,16 +84,23 @@ class Outcome:
         result = "ok" if self.ok else "FAILED"
         if self.status is None:
             result = "FAILED (time limit)"
+        if self.status == SKIPPED:
+            result = "skipped"
         words = [f"{self.part:<11} {result}, {self.seconds:.0f} s"]
-        if self.part != "build":
+        if self.part in TESTS:
             words.append(f"{self.passed} passed, {len(self.failures)} failed")
             words.append(f"{self.skipped} skipped, {len(self.not_collected)} files broken")
             words += [f"{len(files)} without {name}" for name, files in self.missing.items()]
         return ", ".join(words)
 
 
-def command_of(part: str, out: Path) -> list[str]:
-    """The command of a part."""
+def command_of(part: str, out: Path, limit_s: float = 0) -> list[str]:
+    """The command of a part, which is to take so many seconds at most."""
+    scripts = {"sanitize": "sanitize.py", "ncu": "counters.py"}
+    if part in scripts:
+        script = str(HERE / scripts[part])
+        # Less what it takes to start.
+        return [sys.executable, script, "--out", str(out), "--limit-s", f"{limit_s - GRACE_S:.0f}"]
     if part == "build":
         options = ["-e", ".", "--no-deps", "--no-build-isolation"]
         return [sys.executable, "-m", "pip", "install", *options]
@@ -87,22 +109,39 @@ def command_of(part: str, out: Path) -> list[str]:
     # Video and checkpoint tests want packages that a GPU machine may not have.
     pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if part == "tests":
-        return [*pytest, "-m", "gpu", "tests"]
+        return [*pytest, "-p", "gpu_test_order", "-m", "gpu", "tests"]
     return [*pytest, "benchmarks", "--benchmark-only", "--results", str(out / "results")]
 
 
-def run_part(part: str, command: list[str], out: Path, limit_s: float) -> Outcome:
+def variables_of(part: str, found: dict[str, str | int]) -> dict[str, str]:
+    """Environment variables that a part wants, where they are not set."""
+    if part != "build" or "VMAE_FAST_CUDA_ARCHS" in os.environ:
+        return {}
+    # This GPU's machine code alone; "a" has the instructions of Hopper alone too.
+    target = str(found["compute_capability"]).replace(".", "")
+    return {"VMAE_FAST_CUDA_ARCHS": "90a" if target == "90" else target}
+
+
+def run_part(
+    part: str,
+    command: list[str],
+    out: Path,
+    limit_s: float,
+    variables: dict[str, str] | None = None,
+) -> Outcome:
     """Run a part with its output in DIR/PART.log; never raises for what the part does."""
     start = time.monotonic()
     junit = out / f"{part}.xml"
     junit.unlink(missing_ok=True)
     outcome = Outcome(part)
+    # For the plugin that orders the tests: pytest loads it before it reads its settings.
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     with (out / f"{part}.log").open("w") as log:
         # A session of its own, so that what the part starts can be stopped with it.
         child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **(variables or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -115,9 +154,11 @@ def run_part(part: str, command: list[str], out: Path, limit_s: float) -> Outcom
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
     outcome.seconds = time.monotonic() - start
+    said = (out / f"{part}.log").read_text(errors="replace")
+    outcome.notes = notes_in(said)
     counted = read_junit(junit, outcome)
     if outcome.status is None:
-        read_log((out / f"{part}.log").read_text(errors="replace"), outcome, counted)
+        read_log(said, outcome, counted)
     return outcome
 
 
@@ -190,9 +231,9 @@ def figures(results: Path, since: float) -> list[str]:
         if file.stat().st_mtime < since:
             continue
         kept = json.loads(file.read_text())
-        for row in kept.get("rows", []):
+        for row in told(kept.get("rows", [])):
             gb_per_s, tflop_per_s = report.rates(row)
-            peers = filter(None, [*report.refused(row), report.against(row)])
+            peers = filter(None, [*report.refused(row), report.against(quickest_peers(row))])
             lines.append(
                 f"{report.title(row)} {row['direction']}: {report.number(row['time_ms'])} ms "
                 f"({row['how']}), {gb_per_s} GB/s, {tflop_per_s} TFLOP/s; {', '.join(peers)}"
@@ -205,9 +246,33 @@ def figures(results: Path, since: float) -> list[str]:
     return lines
 
 
+def told(rows: list[report.Figures]) -> list[report.Figures]:
+    """The rows of a file that others do not say already.
+
+    Without both passes together where each has its row, and Triton's where it is a row's peer.
+    """
+    both = {row["op"] for row in rows if row["direction"] == "backward"}
+    peers = {row["op"].removesuffix(CUDA) + " triton" for row in rows if row["op"].endswith(CUDA)}
+    return [
+        row
+        for row in rows
+        if row["op"] not in peers
+        and (row["op"] not in both or row["direction"] in ("forward", "backward"))
+    ]
+
+
+def quickest_peers(row: report.Figures) -> report.Figures:
+    """A row with few of its peers, and the twin of a CUDA C++ kernel."""
+    ordered = sorted(row["peers"], key=lambda name: row["peers"][name]["time_ms"])
+    shown = {*ordered[:MOST_PEERS], "triton"}
+    return row | {"peers": {name: row["peers"][name] for name in ordered if name in shown}}
+
+
 def summary(outcomes: list[Outcome], measured: list[str]) -> list[str]:
     """The table, cut to what fits a screen; the logs have the rest."""
-    lines = [outcome.line() for outcome in outcomes]
+    lines = []
+    for outcome in outcomes:
+        lines += [outcome.line(), *(f"    {one}" for one in outcome.notes)]
     for outcome in outcomes:
         wrong = [f"FAILED {failure}" for failure in outcome.failures]
         wrong += [f"BROKEN {file}" for file in outcome.not_collected]
@@ -224,7 +289,7 @@ def _first(lines: list[str], most: int) -> list[str]:
 
 def find_environment(out: Path) -> dict[str, str | int]:
     """Versions and device, kept as DIR/environment.json; empty where torch does not even load."""
-    script = str(Path(__file__).with_name("environment.py"))
+    script = str(HERE / "environment.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
@@ -234,11 +299,20 @@ def find_environment(out: Path) -> dict[str, str | int]:
     return found
 
 
+def extension_built(out: Path) -> str:
+    """What the build left of the CUDA C++ extension, in a line."""
+    code = "from vmae_fast.ops import _extension; print(_extension.summary('auto'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=False
+    )
+    return (done.stdout.strip() or done.stderr.strip() or "nothing said").splitlines()[-1]
+
+
 def main() -> int:
     """Run the parts; the exit status."""
     parser = argparse.ArgumentParser(description="Build, test and measure on a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--only", choices=PARTS, help="this part alone")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="these parts alone")
     parser.add_argument("--no-build", action="store_true", help="test what is installed")
     parser.add_argument("--budget-s", type=float, default=570, help="seconds for all parts")
     options = parser.parse_args()
@@ -250,17 +324,21 @@ def main() -> int:
         print("no GPU that torch can use: nothing to build, test or measure here")
         return 2
     print(json.dumps(found))
-    parts = (
-        [options.only]
-        if options.only
-        else [p for p in PARTS if p != "build" or not options.no_build]
-    )
+    asked = options.only or PARTS
+    parts = [part for part in PARTS if part in asked and not (part == "build" and options.no_build)]
     outcomes = []
     for part in parts:
         left_s = deadline - time.monotonic() - GRACE_S
-        share = 1.0 if part == parts[-1] else SHARE[part]
-        print(f"{part}: at most {share * left_s:.0f} s, log in {out / part}.log", flush=True)
-        outcomes.append(run_part(part, command_of(part, out), out, max(share * left_s, 1)))
+        if not options.only and left_s < LEAST_S.get(part, 0):
+            note = f"{max(left_s, 0):.0f} s were left; --no-build --only {part} runs it alone"
+            outcomes.append(Outcome(part, SKIPPED, notes=[note]))
+            continue
+        limit_s = max(left_s * (1.0 if part == parts[-1] else SHARE[part]), 1)
+        print(f"{part}: at most {limit_s:.0f} s, log in {out / part}.log", flush=True)
+        command, variables = command_of(part, out, limit_s), variables_of(part, found)
+        outcomes.append(run_part(part, command, out, limit_s, variables))
+        if part == "build":
+            outcomes[-1].notes.append(extension_built(out))
     lines = summary(outcomes, figures(out / "results", since))
     (out / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

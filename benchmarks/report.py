@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from targets import DEVICE, TARGETS
+from targets import CUDA, DEVICE, TARGETS
 
 Figures = dict[str, Any]
 
@@ -25,7 +25,8 @@ percentages are of a large copy's GB/s and of a large bf16 product's TFLOP/s, me
 process. Peers stand with their time and how many times ours is quicker; (e) marks a time that
 includes launches and waiting, since the peer cannot be captured in a CUDA graph. Those that do not
 run on the device are named after "without"; the files say why. Attention stands with the kernel
-that ran: "op" is ours, on a CPU PyTorch's within our op.
+that ran: "op" is ours, on a CPU PyTorch's within our op. Rows called "cuda" are of the CUDA C++
+kernels, with the Triton kernel, timed in the same run, as the peer "triton".
 """
 NOTHING = "-"
 TOKEN_HEAD = [
@@ -71,7 +72,8 @@ def refused(row: Figures) -> list[str]:
 
 def title(row: Figures) -> str:
     """The op of a row and, where it has a choice, the kernel that it ran."""
-    return f"{row['op']} ({row['kernel']})" if "kernel" in row else str(row["op"])
+    named = "kernel" in row and not row["op"].endswith(CUDA)
+    return f"{row['op']} ({row['kernel']})" if named else str(row["op"])
 
 
 def rates(row: Figures) -> list[str]:
@@ -173,7 +175,12 @@ def _missing(files: list[Figures]) -> str:
         for row in figures.get("rows", [])
     }
     rows = [
-        [op, direction, "; ".join(target.words() for target in targets), "not yet measured"]
+        [
+            op,
+            direction,
+            "; ".join(target.words() for target in targets),
+            "not yet measured" + (", off by default" if op.endswith(CUDA) else ""),
+        ]
         for (op, direction), targets in TARGETS.items()
         if (op, direction) not in measured
     ]

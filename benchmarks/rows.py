@@ -6,7 +6,13 @@ Directions:
 - backward: that pass alone, torch.autograd.grad again and again after one forward pass;
 - forward and backward: both, anew each time;
 - evaluation: forward without gradients.
+
+Where a CUDA C++ kernel has a Triton kernel for a twin, both are timed in the same run: the row
+whose name ends in "cuda" has "triton" among its peers.
 """
+
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from environment import device_name
@@ -14,7 +20,35 @@ from targets import DEVICE as TARGET_DEVICE
 from targets import TARGETS
 from timing import ceilings, copy_of, time_ways
 
+from vmae_fast import ops
+from vmae_fast.ops import _extension
+
+# Functions of the extension that launch a kernel.
+CUDA_FUNCTIONS = ("short_attention", "short_attention_backward", "masked_mse")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def without_cuda_kernels():
+    """Why the CUDA C++ kernels cannot run here, in words; "" where they can."""
+    return _extension.why_not(DEVICE) if DEVICE.type == "cuda" else "needs a GPU"
+
+
+@contextmanager
+def extension_calls():
+    """Names of the extension's functions that launch something while the context lasts."""
+    module, names = _extension.extension(), []
+    functions = {name: getattr(module, name) for name in CUDA_FUNCTIONS if hasattr(module, name)}
+
+    def noting(name):
+        return lambda *given, **more: (names.append(name), functions[name](*given, **more))[1]
+
+    try:
+        for name in functions:
+            setattr(module, name, noting(name))
+        yield names
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
 
 
 def forward(function, _):
@@ -70,6 +104,11 @@ def in_context(way, context):
         return in_it
 
     return prepare
+
+
+def by_backend(way, name):
+    """The same way by a backend of the ops, in either pass."""
+    return in_context(way, partial(ops.backend, name))
 
 
 def timed(ways, sets, moved_bytes):

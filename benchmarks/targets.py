@@ -105,4 +105,27 @@ for _name, _targets in (
 ):
     ATTENTION_TARGETS |= {(_name, direction): _targets for direction in _BOTH}
 
-TARGETS = TOKEN_TARGETS | ATTENTION_TARGETS
+# The CUDA C++ kernels, each beside its Triton twin in the same run: what is wanted of one before it
+# becomes the choice.
+CUDA = " cuda"
+_OVER_TRITON = _at_least("speedup.triton", 1.15)
+CUDA_TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
+    # Their bytes take 0.0146 and 0.029 ms at 4.3 TB/s.
+    (f"attention 160x12x64{CUDA}", "forward"): (_at_most("time_ms", 0.020), _OVER_TRITON),
+    (f"attention 160x12x64{CUDA}", "backward"): (_at_most("time_ms", 0.055), _OVER_TRITON),
+}
+for _name in (
+    "divided_attention space 8x196x12x64",
+    "divided_attention space 8x20x12x64",
+    "divided_attention time 8x196x12x64",
+    "divided_attention time 8x20x12x64",
+):
+    CUDA_TARGETS |= {(_name + CUDA, direction): (*_NEAR_COPY, _OVER_TRITON) for direction in _BOTH}
+for _name in ("attention 160x16x80", "attention 208x16x88"):
+    CUDA_TARGETS |= {(_name + CUDA, direction): (_OVER_TRITON,) for direction in _BOTH}
+CUDA_TARGETS |= {
+    (f"masked_mse{CUDA}", direction): (*_NEAR_COPY, _OVER_TRITON)
+    for direction in ("evaluation", "forward")
+}
+
+TARGETS = TOKEN_TARGETS | ATTENTION_TARGETS | CUDA_TARGETS

@@ -5,17 +5,31 @@ everything runs. Directions are those of rows.py. Bytes are those that must move
 v read and the output written once; operations those of two products of matrices forward and five
 backward. A peer that this device refuses is named in the row with the reason, under "left_out";
 the speed-ups called "best" are over the quickest of those that run: of all, of SDPA's, of the
-repeatable ones. A missed target is recorded, not asserted.
+repeatable ones. Where there is a CUDA C++ kernel, its row, called "cuda", has the Triton kernel as
+a peer, timed in the same run. A missed target is recorded, not asserted.
 """
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from attention_cases import CROSS, DECODERS, DIVIDED, ENCODER, LARGER, AttentionBatch
+from attention_cases import CROSS, DECODERS, DIVIDED, LARGER, TWINS, AttentionBatch
 from attention_peers import DETERMINISTIC, REPEATABLE, SDPA, deterministic, peers_of
-from rows import DEVICE, backward, forward, forward_and_backward, in_context, row_of, timed
+from rows import (
+    DEVICE,
+    as_figures,
+    backward,
+    by_backend,
+    extension_calls,
+    forward,
+    forward_and_backward,
+    in_context,
+    row_of,
+    timed,
+    without_cuda_kernels,
+)
 from timing import num_sets
 
 from vmae_fast import ops
@@ -25,33 +39,52 @@ CUDA = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 # The first are worth most: there may be no time for all.
-CASES = (ENCODER, DECODERS[0], *DIVIDED, *DECODERS[1:], *LARGER, CROSS)
+CASES = (*TWINS, DECODERS[0], DIVIDED[1], *DECODERS[1:], LARGER[2], CROSS)
 # FlexAttention takes long to compile.
-WITH_FLEX = (ENCODER, DECODERS[0])
+WITH_FLEX = (TWINS[0], DECODERS[0])
 # Over more keys than this the library's kernel may be the choice: ours is a row beside it.
 ALWAYS_OURS = 256
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_attention(finish_rows, case):
-    kernels = kernels_for(case)
+    kernels, left_out = kernels_for(case)
     flex = CUDA and case in WITH_FLEX
     case = case if CUDA else case.small()
     what = f"attention of packed projections, B={case.clips}, {DTYPE}".replace("torch.", "")
     batch = AttentionBatch(case, 0, DTYPE, DEVICE)
-    rows = measure(case, kernels, flex)
+    rows = measure(case, kernels, flex, left_out)
     finish_rows(case.name.replace(" ", "_"), what, rows, lambda: attend(batch))
 
 
 def kernels_for(case):
-    """What is added to the case's name in a row, and what is then asked for."""
-    return {"": "auto", " triton": "triton"} if case.keys > ALWAYS_OURS else {"": "auto"}
+    """What is added to the case's name and what that asks for; what is left out, and why."""
+    kernels, left_out = {"": "auto"}, {}
+    if case.keys > ALWAYS_OURS or case in TWINS:
+        kernels[" triton"] = "triton"
+    if case in TWINS:
+        left_out = {"cuda": why} if (why := why_no_cuda(case)) else {}
+    if case in TWINS and not left_out:
+        kernels[" cuda"] = "cuda"
+    return kernels, left_out
+
+
+def why_no_cuda(case):
+    """Why the CUDA C++ kernels do not compute a case here, in words; "" where they do."""
+    if missing := without_cuda_kernels():
+        return missing
+    with extension_calls() as called:
+        way = by_backend(forward_and_backward(attend, case.leaves), "cuda")
+        way(AttentionBatch(case, 0, DTYPE, DEVICE))()
+    passes = {"short_attention": "forward", "short_attention_backward": "backward"}
+    refused = [word for name, word in passes.items() if name not in called]
+    return f"it does not take the case, {' and '.join(refused)}" if refused else ""
 
 
 def attend(batch, kernel="auto"):
-    """The op that the case is for."""
+    """The op that the case is for; "cuda" is a backend, see :func:`way_of`."""
     case = batch.case
-    with ops.attention_kernel(kernel):
+    with nullcontext() if kernel == "cuda" else ops.attention_kernel(kernel):
         if case.queries:
             return ops.cross_attention(batch.q, batch.kv, case.heads)
         if case.axis:
@@ -62,6 +95,8 @@ def attend(batch, kernel="auto"):
 
 def kernel_of(batch, kernel):
     """What :func:`attend` runs then: "op", ours, or the library's by its name."""
+    if kernel == "cuda":
+        return "CUDA C++"
     case = batch.case
     packed = batch.q if case.queries else batch.qkv
     q = packed.unflatten(2, (-1, case.heads, case.head_width))[:, :, 0]
@@ -69,7 +104,7 @@ def kernel_of(batch, kernel):
         return choose(q, case.keys, dense=case.axis != "time")
 
 
-def measure(case, kernels, flex):
+def measure(case, kernels, flex, left_out=()):
     """All rows of a case: ours and the peers interleaved, in each direction."""
     # As many sets as the direction that moves least needs.
     forward_bytes, backward_bytes = (
@@ -80,7 +115,8 @@ def measure(case, kernels, flex):
     ]
     ours = {case.name + word: partial(attend, kernel=kernel) for word, kernel in kernels.items()}
     ran = {case.name + word: kernel_of(sets[0], kernel) for word, kernel in kernels.items()}
-    peers, left_out = sorted_out(peers_of(case, flex=flex), sets[0])
+    peers, refused = sorted_out(peers_of(case, flex=flex), sets[0])
+    left_out = refused | dict(left_out)
     rows = []
     for direction, moved_bytes, products in (
         (forward, forward_bytes, 2),
@@ -101,14 +137,24 @@ def measure(case, kernels, flex):
         for name in ours:
             row = row_of(name, direction, times[name], times["copy"], of_peers, moved_bytes, flops)
             row["speedup"] |= over_the_best(row["speedup"])
+            if name.endswith(" cuda"):
+                twin = times[f"{case.name} triton"]
+                row["peers"]["triton"] = as_figures(twin)
+                row["speedup"]["triton"] = twin.time_ms / times[name].time_ms
             rows.append(row | {"kernel": ran[name], "left_out": left_out})
     return rows
 
 
 def way_of(name, function, direction, case):
-    """The function in a direction, under PyTorch's flag where that is what the peer is about."""
+    """The function in a direction, both passes by what its name asks for.
+
+    That is PyTorch's flag, or a backend of ours; on a CPU there is one only.
+    """
     way = direction(function, case.leaves)
-    return in_context(way, deterministic) if name == DETERMINISTIC else way
+    if name == DETERMINISTIC:
+        return in_context(way, deterministic)
+    backend = name.rpartition(" ")[2]
+    return by_backend(way, backend) if CUDA and backend in ("triton", "cuda") else way
 
 
 def over_the_best(speedup):

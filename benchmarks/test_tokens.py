@@ -12,12 +12,14 @@ import torch
 from rows import (
     DEVICE,
     backward,
+    by_backend,
     evaluation,
+    extension_calls,
     forward,
     forward_and_backward,
-    in_context,
     row_of,
     timed,
+    without_cuda_kernels,
 )
 from timing import num_sets, peak_memory_bytes
 from token_batch import TUBELET, Batch, size_for
@@ -88,20 +90,44 @@ def head_then_loss(batch):
     return token_peers.head_then_loss(*head_and_video(batch), batch.mask.target_idx, TUBELET)
 
 
-def by_reference(way):
-    """The same with the ops' definitions in plain PyTorch, chosen anew in either pass."""
-    return in_context(way, lambda: ops.backend("reference"))
-
-
 def measure(op, direction, peers, moved_bytes, flops=0, leaves=()):
     """One row: ours, the peers, the op's definition and a copy of as many bytes, interleaved."""
+    (row,) = _measure(op, direction, peers, moved_bytes, flops, leaves, ())
+    return row
+
+
+def measure_twins(op, direction, peers, moved_bytes, leaves=()):
+    """A row of the op and, in the same run, one of its CUDA C++ kernel, with "triton" as a peer."""
+    missing = why_no_cuda(op)
+    twins = () if missing else ("cuda", "triton")
+    rows = _measure(op, direction, peers, moved_bytes, 0, leaves, twins)
+    rows[0]["left_out"] = {"cuda": missing} if missing else {}
+    return rows
+
+
+def why_no_cuda(op):
+    """Why no CUDA C++ kernel computes an op here, in words; "" where one does."""
+    if missing := without_cuda_kernels():
+        return missing
+    with extension_calls() as called, ops.backend("cuda"):
+        op(Batch(SIZE, 0))
+    return "" if op.__name__ in called else "it does not take these arguments"
+
+
+def _measure(op, direction, peers, moved_bytes, flops, leaves, twins):
     ways = {name: direction(way, leaves) for name, way in {"ours": op, **peers}.items()}
     if DEVICE.type == "cuda":
-        ways["reference"] = by_reference(ways["ours"])
+        ways["reference"] = by_backend(ways["ours"], "reference")
+    ways |= {backend: by_backend(ways["ours"], backend) for backend in twins}
     sets = [Batch(SIZE, seed) for seed in range(num_sets(moved_bytes, DEVICE))]
     times = timed(ways, sets, moved_bytes)
     ours, copy = times.pop("ours"), times.pop("copy")
-    return row_of(op.__name__, direction, ours, copy, times, moved_bytes, flops)
+    cuda, triton = times.pop("cuda", None), times.pop("triton", None)
+    rows = [row_of(op.__name__, direction, ours, copy, times, moved_bytes, flops)]
+    if cuda:
+        beside, name = times | {"triton": triton}, f"{op.__name__} cuda"
+        rows.append(row_of(name, direction, cuda, copy, beside, moved_bytes, flops))
+    return rows
 
 
 @pytest.fixture
@@ -170,10 +196,10 @@ def test_masked_mse(finish):
     peers = {"eager": eager_loss}
     pred, video = W * B * M * P, B * M * (P + INDEX)
     rows = [
-        measure(masked_mse, evaluation, peers, pred + video),
+        *measure_twins(masked_mse, evaluation, peers, pred + video),
         # The gradient, or what it is made of, is written once: in which pass is ours to choose.
-        measure(masked_mse, forward, peers, pred + video + pred),
-        measure(masked_mse, forward_and_backward, peers, pred + video + pred, leaves=("pred",)),
+        *measure_twins(masked_mse, forward, peers, pred + video + pred),
+        *measure_twins(masked_mse, forward_and_backward, peers, pred + video + pred, ("pred",)),
     ]
     finish(masked_mse, rows)
 

@@ -50,13 +50,6 @@ inline Grouping grouping_of(const Sequences& sequences, int heads) {
   return {sequences, heads, per_group, (sequences.count + per_group - 1) / per_group};
 }
 
-// A number of which the compiler does not know that it is the same as another: what follows from it
-// is computed anew where it is needed, instead of being kept where registers are short.
-__device__ __forceinline__ int anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // The rows that attend to a row, and are attended to by it: those of its sequence.
 struct Span {
   int start;

@@ -40,14 +40,14 @@ struct Attention {
   const void* k;
   const void* v;
   Layout given;
-  // (clips, tokens, heads, head_width).
+  // (clips, tokens, heads, head_width); the backward pass reads its gradient only.
   void* out;
   Layout result;
   // Log-sum-exp of the logits, (clips * count, heads, length).
   float* lse;
 };
 
-// The gradients of q, k and v, at the same distances, from that of out, which is laid out as out.
+// The gradients of q, k and v, at the same distances, from that of out, laid out as out.
 struct Gradients {
   const void* out;
   void* q;

@@ -102,6 +102,17 @@ __device__ __forceinline__ void bring(const Tile<K>& to, const BackwardPlan<K>& 
   }
 }
 
+// Has 16 rows of an item fetched into the second-level cache.
+template <typename T, int K>
+__device__ __forceinline__ void announce_rows(const T* from, const Layout& layout, const Item& item,
+                                              int row) {
+  const int lane = threadIdx.x % 32, here = row + lane % TILE;
+  if (here < item.rows) {
+    // A row may lie in two lines, of which a lane takes one.
+    prefetch(from + item.at(layout, K, here) + lane / TILE * (K - 1));
+  }
+}
+
 // The log-sum-exp of a warp's 16 queries.
 __device__ __forceinline__ void load_lse(Statistics* statistics, const float* lse, const Item& item,
                                          int row) {
@@ -217,6 +228,112 @@ __device__ __forceinline__ void write_sums(T* to, const Layout& layout, const It
   write_rows<T, K>(to, layout, item, row, place);
 }
 
+// Where a block has what of an item.
+template <typename T, int K>
+struct Work {
+  const BackwardPlan<K>& plan;
+  const Item& item;
+  const Tile<K> q, k, grad;
+  const WideTile weights;
+  Statistics* const statistics;
+  Part* const parts;
+  const Tile<K> place;
+  const float scale;
+
+  __device__ __forceinline__ Work(const BackwardPlan<K>& plan, const Item& item, int stage,
+                                  float scale)
+      : plan(plan),
+        item(item),
+        q(stage_of(plan, stage)),
+        k(q.from(plan.rows())),
+        grad(k.from(plan.rows())),
+        weights(shared_memory() + plan.weights(), plan.rows()),
+        statistics(reinterpret_cast<Statistics*>(shared_memory() + plan.statistics())),
+        parts(reinterpret_cast<Part*>(shared_memory() + plan.parts())),
+        place(place_of(plan)),
+        scale(scale) {}
+
+  static __device__ __forceinline__ Tile<K> stage_of(const BackwardPlan<K>& plan, int stage) {
+    return {shared_memory() + stage * plan.stage()};
+  }
+  static __device__ __forceinline__ Tile<K> place_of(const BackwardPlan<K>& plan) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    return {shared_memory() + plan.places() + warp * Tile<K>::bytes(TILE)};
+  }
+
+  // This thread's two values of the matrix of weights: of 8 keys (down) by 8 queries (along).
+  __device__ __forceinline__ uint32_t* weights_at(int row, int tile, int down, int along) const {
+    const int lane = threadIdx.x % 32;
+    char* const piece = weights.at(row + 8 * down + lane / 4, 2 * tile + along);
+    return reinterpret_cast<uint32_t*>(piece + 4 * (lane % 4));
+  }
+
+  // dV of 16 keys; leaves their weights in shared memory, and what they add to delta.
+  __device__ __forceinline__ void values(float (&sums)[1][K / 8][4],
+                                         const RowsInRegisters<K> (&values)[1], int row,
+                                         bool more) const {
+    const RowsInShared<K> keys[1] = {{k, row}};
+    Span spans[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
+      spans[half] = key < item.rows ? item.span(key) : Span{0, 0};
+    }
+    Part* const own = parts + threadIdx.x / 32 * plan.rows();
+    const Span queries = item.tiles(row, TILE);
+#pragma unroll 1
+    for (int tile = queries.start; tile < queries.end; ++tile) {
+      float logits[1][2][4] = {}, gradients[1][2][4] = {};
+      add_inner<T, K>(logits, 0, keys, q, tile * TILE);
+      add_inner<T, K>(gradients, 0, values, grad, tile * TILE);
+      to_weights(logits[0], statistics, tile * TILE, spans, item.masked(), scale * LOG2_E);
+      add_part(own + tile * TILE, logits[0], gradients[0], more);
+      uint32_t a[1][4];
+      as_weights<T>(a[0], logits[0], 0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        store_shared(weights_at(row, tile, i % 2, i / 2), a[0][i]);
+      }
+      add_product<T, K>(sums, a, grad, tile * TILE);
+    }
+  }
+
+  // dK of 16 keys; leaves the gradients of their logits where their weights were.
+  __device__ __forceinline__ void keys(float (&sums)[1][K / 8][4],
+                                       const RowsInRegisters<K> (&values)[1], int row) const {
+    const Span queries = item.tiles(row, TILE);
+#pragma unroll 1
+    for (int tile = queries.start; tile < queries.end; ++tile) {
+      float2 weights[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[i] = unpack<T>(load_shared(weights_at(row, tile, i % 2, i / 2)));
+      }
+      float gradients[1][2][4] = {};
+      add_inner<T, K>(gradients, 0, values, grad, tile * TILE);
+      to_logits(gradients[0], weights, statistics, tile * TILE);
+      uint32_t a[1][4];
+      as_weights<T>(a[0], gradients[0], 0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        store_shared(weights_at(row, tile, i % 2, i / 2), a[0][i]);
+      }
+      add_product<T, K>(sums, a, q, tile * TILE);
+    }
+  }
+
+  // dQ of 16 queries.
+  __device__ __forceinline__ void queries(float (&sums)[1][K / 8][4], int row) const {
+    const Span keys = item.tiles(row, TILE);
+#pragma unroll 1
+    for (int tile = keys.start; tile < keys.end; ++tile) {
+      uint32_t a[1][4];
+      ldmatrix_x4_trans(a[0], address_x4<false>(weights, tile * TILE, row / PIECE));
+      add_product<T, K>(sums, a, k, tile * TILE);
+    }
+  }
+};
+
 // All gradients of one head of a group.
 //
 // Blocks: as many as there is room for, each with every so many-th item, heads fastest. Writes the
@@ -227,33 +344,28 @@ __global__ void __launch_bounds__(32 * BACKWARD_WARPS, 1)
                                     const float* lse, T* grad_q, T* grad_k, T* grad_v, Layout given,
                                     Layout result, Layout grads, Grouping grouping, int items,
                                     BackwardPlan<K> plan, float scale) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first_row = warp * TILE, step = plan.warps * TILE;
-  const WideTile weights_tile(shared_memory() + plan.weights(), plan.rows());
-  auto* const statistics = reinterpret_cast<Statistics*>(shared_memory() + plan.statistics());
-  auto* const parts = reinterpret_cast<Part*>(shared_memory() + plan.parts());
-  const Tile<K> place{shared_memory() + plan.places() + warp * Tile<K>::bytes(TILE)};
+  const int first_row = static_cast<int>(threadIdx.x) / 32 * TILE, step = plan.warps * TILE;
   const bool several = step < plan.rows();
   int number = 0;
   for (int index = blockIdx.x; index < items; index += gridDim.x, ++number) {
     const Item item(grouping, index);
-    const Tile<K> q_tile{shared_memory() + number % plan.stages * plan.stage()};
-    const Tile<K> k_tile = q_tile.from(plan.rows()), grad_tile = k_tile.from(plan.rows());
+    const Work<T, K> work(plan, item, number % plan.stages, scale);
     if (plan.stages == 1 || number == 0) {
-      bring<T, K>(q_tile, plan, item, q, k, given, grad, result);
+      bring<T, K>(work.q, plan, item, q, k, given, grad, result);
       cp_async_commit();
     }
-    bring_rows<T, K>(place, v, given, item, first_row);
+    bring_rows<T, K>(work.place, v, given, item, first_row);
     cp_async_commit();
     for (int row = first_row; row < plan.rows(); row += step) {
-      load_lse(statistics, lse, item, row);
+      load_lse(work.statistics, lse, item, row);
     }
     if (plan.stages == 2) {
       const int next = index + static_cast<int>(gridDim.x);
       if (next < items) {
-        const Tile<K> other{shared_memory() + (number + 1) % 2 * plan.stage()};
-        bring<T, K>(other, plan, Item(grouping, next), q, k, given, grad, result);
+        const Item coming(grouping, next);
+        const Tile<K> other = Work<T, K>::stage_of(plan, (number + 1) % 2);
+        bring<T, K>(other, plan, coming, q, k, given, grad, result);
+        announce_rows<T, K>(v, given, coming, first_row);
       }
       cp_async_commit();
       cp_async_wait<1>();
@@ -262,87 +374,35 @@ __global__ void __launch_bounds__(32 * BACKWARD_WARPS, 1)
     }
     __syncthreads();
 
-    RowsInRegisters<K> values[1] = {RowsInRegisters<K>(RowsInShared<K>{place, 0})};
+    RowsInRegisters<K> values[1] = {RowsInRegisters<K>(RowsInShared<K>{work.place, 0})};
     for (int row = first_row; row < item.rows; row += step) {
       if (row != first_row) {
-        take_rows<T, K>(values[0], place, v, given, item, row);
-      }
-      const RowsInShared<K> keys[1] = {{k_tile, row}};
-      Span spans[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int key = row + g + 8 * half;
-        spans[half] = key < item.rows ? item.span(key) : Span{0, 0};
+        take_rows<T, K>(values[0], work.place, v, given, item, row);
       }
       float sums[1][K / 8][4] = {};
-      const Span queries = item.tiles(row, TILE);
-#pragma unroll 1
-      for (int tile = queries.start; tile < queries.end; ++tile) {
-        float weights[1][2][4] = {}, gradients[1][2][4] = {};
-        add_inner<T, K>(weights, 0, keys, q_tile, tile * TILE);
-        add_inner<T, K>(gradients, 0, values, grad_tile, tile * TILE);
-        to_weights(weights[0], statistics, tile * TILE, spans, item.masked(), scale * LOG2_E);
-        add_part(parts + warp * plan.rows() + tile * TILE, weights[0], gradients[0],
-                 row != first_row);
-        uint32_t a[1][4];
-        as_weights<T>(a[0], weights[0], 0);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          char* const here = weights_tile.at(row + g + i % 2 * 8, 2 * tile + i / 2) + 4 * t;
-          store_shared(reinterpret_cast<uint32_t*>(here), a[0][i]);
-        }
-        add_product<T, K>(sums, a, grad_tile, tile * TILE);
-      }
-      write_sums<T, K>(grad_v, grads, Item(grouping, anew(index)), row, sums[0], 1.0f, place);
+      work.values(sums, values, row, row != first_row);
+      write_sums<T, K>(grad_v, grads, item, row, sums[0], 1.0f, work.place);
     }
     __syncthreads();
     for (int row = first_row; row < item.rows; row += step) {
       // Sequences so long that a warp has more than one tile are alone: all keys are theirs.
       const Span warps = several ? Span{0, plan.warps} : item.tiles(row, TILE);
-      add_parts(statistics, parts, plan.rows(), warps, row);
+      add_parts(work.statistics, work.parts, plan.rows(), warps, row);
     }
     __syncthreads();
-
     for (int row = first_row; row < item.rows; row += step) {
       if (several) {
-        take_rows<T, K>(values[0], place, v, given, item, row);
+        take_rows<T, K>(values[0], work.place, v, given, item, row);
       }
       float sums[1][K / 8][4] = {};
-      const Span queries = item.tiles(row, TILE);
-#pragma unroll 1
-      for (int tile = queries.start; tile < queries.end; ++tile) {
-        float2 weights[4];
-        uint32_t* here[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          char* const at = weights_tile.at(row + g + i % 2 * 8, 2 * tile + i / 2) + 4 * t;
-          here[i] = reinterpret_cast<uint32_t*>(at);
-          weights[i] = unpack<T>(load_shared(here[i]));
-        }
-        float gradients[1][2][4] = {};
-        add_inner<T, K>(gradients, 0, values, grad_tile, tile * TILE);
-        to_logits(gradients[0], weights, statistics, tile * TILE);
-        uint32_t a[1][4];
-        as_weights<T>(a[0], gradients[0], 0);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          store_shared(here[i], a[0][i]);
-        }
-        add_product<T, K>(sums, a, q_tile, tile * TILE);
-      }
-      write_sums<T, K>(grad_k, grads, Item(grouping, anew(index)), row, sums[0], scale, place);
+      work.keys(sums, values, row);
+      write_sums<T, K>(grad_k, grads, item, row, sums[0], scale, work.place);
     }
     __syncthreads();
     for (int row = first_row; row < item.rows; row += step) {
       float sums[1][K / 8][4] = {};
-      const Span keys = item.tiles(row, TILE);
-#pragma unroll 1
-      for (int tile = keys.start; tile < keys.end; ++tile) {
-        uint32_t a[1][4];
-        ldmatrix_x4_trans(a[0], address_x4<false>(weights_tile, tile * TILE, row / PIECE));
-        add_product<T, K>(sums, a, k_tile, tile * TILE);
-      }
-      write_sums<T, K>(grad_q, grads, Item(grouping, anew(index)), row, sums[0], scale, place);
+      work.queries(sums, row);
+      write_sums<T, K>(grad_q, grads, item, row, sums[0], scale, work.place);
     }
     // Before the next item takes the place of anything.
     __syncthreads();

@@ -59,6 +59,42 @@ __device__ __forceinline__ void to_weights(float (&logits)[2 * KEY_TILES][4], So
   }
 }
 
+// Takes out the keys, from number `first` on, that two queries do not attend to.
+__device__ __forceinline__ void mask(float (&logits)[2 * KEY_TILES][4], const Span (&spans)[2],
+                                     int first) {
+#pragma unroll
+  for (int i = 0; i < 2 * KEY_TILES; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int key = first + 8 * i + 2 * (static_cast<int>(threadIdx.x) % 4) + j % 2;
+      logits[i][j] = spans[j / 2].has(key) ? logits[i][j] : -INFINITY;
+    }
+  }
+}
+
+// Writes 16 rows of the output, by way of a tile that nothing else reads, and of lse.
+template <typename T, int K>
+__device__ __forceinline__ void finish(T* out, const Layout& result, float* lse, const Item& item,
+                                       int row, const float (&sums)[K / 8][4],
+                                       const Softmax& softmax, const Tile<K>& tile) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = softmax.total[half];
+    total += __shfl_xor_sync(FULL_WARP, total, 1);
+    total += __shfl_xor_sync(FULL_WARP, total, 2);
+    inverse[half] = 1.0f / total;
+    const int here = row + g + 8 * half;
+    if (t == 0 && here < item.rows) {
+      store_global(lse + item.at_lse(here), (softmax.top[half] + log2f(total)) * LOG_2);
+    }
+  }
+  stage<T, K>(tile, 0, sums, inverse[0], inverse[1]);
+  __syncwarp();
+  write_rows<T, K>(out, result, item, row, tile);
+}
+
 // Attention of one head of a group.
 //
 // Blocks: items, heads fastest. Writes the rows of out and lse that the item has.
@@ -82,7 +118,7 @@ __global__ void __launch_bounds__(32 * FORWARD_WARPS, 1)
   cp_async_wait<0>();
   __syncthreads();
 
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4;
   const int first_row = static_cast<int>(threadIdx.x) / 32 * ROWS;
   const int step = static_cast<int>(blockDim.x) / 32 * ROWS;
   for (int row = first_row; row < item.rows; row += step) {
@@ -110,14 +146,7 @@ __global__ void __launch_bounds__(32 * FORWARD_WARPS, 1)
       if (item.masked() || tile + KEY_TILES > keys.end) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-#pragma unroll
-          for (int i = 0; i < 2 * KEY_TILES; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int key = tile * TILE + i * 8 + 2 * t + j % 2;
-              logits[m][i][j] = spans[m][j / 2].has(key) ? logits[m][i][j] : -INFINITY;
-            }
-          }
+          mask(logits[m], spans[m], tile * TILE);
         }
       }
 #pragma unroll
@@ -140,23 +169,9 @@ __global__ void __launch_bounds__(32 * FORWARD_WARPS, 1)
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      float inverse[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float total = softmax[m].total[half];
-        total += __shfl_xor_sync(FULL_WARP, total, 1);
-        total += __shfl_xor_sync(FULL_WARP, total, 2);
-        inverse[half] = 1.0f / total;
-        const int here = row + m * TILE + g + 8 * half;
-        if (t == 0 && here < item.rows) {
-          const float value = (softmax[m].top[half] + log2f(total)) * LOG_2;
-          store_global(lse + item.at_lse(here), value);
-        }
-      }
-      if (row + m * TILE < item.rows) {
-        stage<T, K>(q_tile, row + m * TILE, sums[m], inverse[0], inverse[1]);
-        __syncwarp();
-        write_rows<T, K>(out, result, item, row + m * TILE, q_tile.from(row + m * TILE));
+      const int here = row + m * TILE;
+      if (here < item.rows) {
+        finish<T, K>(out, result, lse, item, here, sums[m], softmax[m], q_tile.from(here));
       }
     }
   }

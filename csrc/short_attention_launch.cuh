@@ -19,9 +19,11 @@ bool fits(int tiles, bool backward) {
 
 template <typename T, int K, int M>
 void launch_forward(const Attention& given, const Grouping& grouping, Stream stream) {
-  const int tiles = grouping.tiles(), warps = (tiles + M - 1) / M;
+  const int tiles = grouping.tiles(), parts = (tiles + M - 1) / M;
+  // As few rounds as there must be, and then no more warps than these keep busy.
+  const int rounds = (parts + FORWARD_WARPS - 1) / FORWARD_WARPS;
   launch(short_attention_kernel<T, K, M>, grouping.items(given.clips),
-         32 * (warps < FORWARD_WARPS ? warps : FORWARD_WARPS), forward_bytes<K>(tiles), stream,
+         32 * ((parts + rounds - 1) / rounds), forward_bytes<K>(tiles), stream,
          static_cast<const T*>(given.q), static_cast<const T*>(given.k),
          static_cast<const T*>(given.v), given.given, static_cast<T*>(given.out), given.result,
          given.lse, grouping, tiles, given.scale * LOG2_E);

@@ -47,7 +47,7 @@ def linear_masked_mse_reference(
     ``(n, E)`` in x's dtype, those of weight and bias in fp32 (fp64).
     """
     turn = differences_reference(targets)
-    return _in_chunks(
+    return in_chunks(
         x_BSE, weight_PE, bias_P, targets, scored_BS, keep, turn, column_sum_reference
     )
 
@@ -62,7 +62,7 @@ def linear_masked_mse_triton(
 ) -> Result:
     """As :func:`linear_masked_mse_reference`."""
     turn = differences_triton(targets)
-    return _in_chunks(x_BSE, weight_PE, bias_P, targets, scored_BS, keep, turn, column_sum_triton)
+    return in_chunks(x_BSE, weight_PE, bias_P, targets, scored_BS, keep, turn, column_sum_triton)
 
 
 def linear_masked_mse_backward(
@@ -78,7 +78,7 @@ def linear_masked_mse_backward(
     )
 
 
-def _in_chunks(
+def in_chunks(
     x_BSE: Tensor,
     weight_PE: Tensor,
     bias_P: Tensor | None,

@@ -212,7 +212,7 @@ def test_help_and_env(capsys):
     assert cli.main(["--version"]) == 0
     status, text = run("env", capsys=capsys)
     assert status == 0
-    for word in ("vmae-fast", "torch", "triton", "PyAV", "backends", "cpu"):
+    for word in ("vmae-fast", "torch", "triton", "PyAV", "backends", "extension  ", "cpu"):
         assert word in text
 
 

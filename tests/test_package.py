@@ -115,6 +115,9 @@ def test_imports_run_one_way():
         ("vmae_fast/ops/attention.py", "def f():\n    from vmae_fast import nn"),
         ("vmae_fast/ops/attention.py", "from vmae_fast._files import atomic_file"),
         ("vmae_fast/ops/__init__.py", "from ..nn import JointSpaceTimeBlock"),
+        ("vmae_fast/nn/block.py", "importlib.import_module('vmae_fast._C')"),
+        ("vmae_fast/models/videomae.py", "from vmae_fast import _C"),
+        ("kernels/attention.py", "import vmae_fast._C"),
         ("vmae_fast/nn/block.py", "if TYPE_CHECKING:\n    from vmae_fast.masking import Mask"),
         ("vmae_fast/data/dataset.py", "from vmae_fast.masking import clip_keys"),
         ("vmae_fast/data/dataset.py", "importlib.import_module('vmae_fast.models')"),
@@ -140,6 +143,15 @@ def test_an_arrow_that_runs_back_is_noticed(tmp_path, file, line):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(line)
     assert len(backward_arrows(tmp_path)) == 1
+
+
+def test_one_file_loads_the_extension():
+    loading = [
+        name
+        for file, name in sources(ROOT)
+        if "vmae_fast._C" in imported_modules(file.read_text(), name.rpartition(".")[0])
+    ]
+    assert loading == ["vmae_fast.ops._extension"]
 
 
 def test_kernels_import_only_torch_triton_and_each_other():
@@ -195,7 +207,8 @@ def test_import_loads_neither_trainer_nor_video_nor_transformers(tmp_path):
         """,
         tmp_path,
     ).split()
-    for name in ("av", "matplotlib", "transformers", "tyro", "vmae_fast.train", "vmae_fast.cli"):
+    others = ("av", "matplotlib", "transformers", "tyro")
+    for name in (*others, "vmae_fast.train", "vmae_fast.cli", "vmae_fast._C"):
         assert name not in out
 
 

@@ -218,7 +218,7 @@ def _env(args: list[str]) -> int:
     import torch
 
     from vmae_fast import __version__
-    from vmae_fast.ops import backend_summary
+    from vmae_fast.ops._backend import backend_summary, extension_summary
 
     if args:
         print("usage: vmae-fast env", file=sys.stderr)
@@ -231,7 +231,8 @@ def _env(args: list[str]) -> int:
     rows += [(name, _version(name)) for name in ("triton", "einops", "numpy")]
     rows += _devices()
     rows += [
-        ("backends", backend_summary()),
+        ("backends", backend_summary(extension=False)),
+        ("extension", extension_summary()),
         ("decoders", _decoder()),
     ]
     rows += [

@@ -1,12 +1,17 @@
-"""Triton kernels: on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Kernels on a GPU where there is one, else on the CPU.
+
+There Triton's run in its interpreter, those in CUDA C++ in an emulator of ours.
+"""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
 from aot import SHARED_BYTES, compile_all, faults
+from emulator import build
 
 from vmae_fast import ops
 from vmae_fast.kernels import attention
@@ -15,15 +20,34 @@ from vmae_fast.kernels import tiled_attention as tiled
 from vmae_fast.kernels import whole_attention as whole
 from vmae_fast.kernels._launch import Row
 from vmae_fast.kernels.attention_tiles import joint
+from vmae_fast.ops import _extension, _short_attention
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is slow runs where it is asked for."""
+    """What is slow runs where it is asked for; what "cuda" does not take is no test of it."""
+    unsuited = [item for item in items if family_of(item) == "cuda" and not suits_cuda(item)]
+    config.hook.pytest_deselected(items=unsuited)
+    items[:] = [item for item in items if item not in unsuited]
     if "slow" in config.getoption("markexpr"):
         return
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+def family_of(item):
+    """The family of attention kernels that a test is for, "" for any."""
+    return item.callspec.params.get("family", "") if hasattr(item, "callspec") else ""
+
+
+def suits_cuda(item):
+    """Whether a test's parameters are what the attention kernels in CUDA C++ are written for."""
+    params = item.callspec.params
+    return (
+        params.get("dtype") in (torch.float16, torch.bfloat16)
+        and params.get("head_width", 64) in _short_attention.HEAD_WIDTHS
+        and not params.get("class_token", False)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +57,8 @@ def device():
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
 def dtype(request, device):
-    if request.param == torch.bfloat16 and device.type == "cpu":
+    emulated = family_of(request.node) == "cuda"
+    if request.param == torch.bfloat16 and device.type == "cpu" and not emulated:
         pytest.skip("Triton's interpreter multiplies bfloat16 as if it were integers")
     return request.param
 
@@ -56,13 +81,16 @@ def kernels():
 
 
 @pytest.fixture
-def force(monkeypatch, device):
+def force(monkeypatch, device, cuda_calls):
     """A function that has one family of attention kernels run, whatever the tables prefer.
 
     On a GPU a pass that the family's tables have no row for stays with what they do have.
     """
 
     def choose(family, num_keys, head_width, dtype, class_token=False):
+        if family == "cuda":
+            cuda_calls()
+            return
         if family == "whole" and class_token:
             # They take none: whatever the tables prefer.
             return
@@ -98,6 +126,41 @@ def force(monkeypatch, device):
         return rows
 
     return choose
+
+
+@pytest.fixture
+def cuda_calls(request, monkeypatch, device):
+    """A function that demands the backend "cuda"; returns the list that its calls are noted in."""
+    noted = []
+    call = _short_attention._call
+
+    def note(name, *rest):
+        call(name, *rest)
+        noted.append(name)
+
+    with ExitStack() as stack:
+
+        def demand():
+            if device.type == "cpu":
+                module = request.getfixturevalue("emulated")
+                stack.enter_context(_extension.use(module))
+            elif why := _extension.why_not(device):
+                pytest.skip(why)
+            monkeypatch.setattr(_short_attention, "_call", note)
+            stack.enter_context(ops.backend("cuda"))
+            demanded.append(True)
+            return noted
+
+        demanded = []
+        yield demand
+    # A test of a kernel is one that ran it.
+    assert not demanded or noted
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA C++ extension, run on the CPU by the emulator (tests/emulator)."""
+    return build.load(build.build(build.CACHE))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from vmae_fast.ops._attention_choice import (
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LIBRARY = ("cudnn", "flash", "sdpa")
+KERNELS = ("auto", "triton", "cuda", *LIBRARY)
 
 # Every kernel of its own, so that each shows which row was taken.
 TABLE = (
@@ -240,7 +241,7 @@ def test_it_holds_in_every_thread():
 
 
 def test_an_unknown_kernel():
-    message = r"^attention_kernel must be one of auto, triton, cudnn, flash, sdpa, got 'math'$"
+    message = f"^attention_kernel must be one of {', '.join(KERNELS)}, got 'math'$"
     with pytest.raises(ValueError, match=message), ops.attention_kernel("math"):
         pass
 
@@ -258,7 +259,7 @@ def test_environment_variable():
     assert chosen.stdout.strip() == "flash", chosen.stderr
     wrong = run("flsh")
     assert wrong.returncode == 1
-    message = "VMAE_FAST_ATTENTION must be one of auto, triton, cudnn, flash, sdpa, got 'flsh'"
+    message = f"VMAE_FAST_ATTENTION must be one of {', '.join(KERNELS)}, got 'flsh'"
     assert message in wrong.stderr
 
 

@@ -70,6 +70,17 @@ def test_a_cpu_runs_the_reference(chosen, monkeypatch):
             call()
 
 
+NO_CUDA_KERNEL = ["gather_tokens", "decoder_tokens", "tubelet_embed"]
+
+
+@pytest.mark.parametrize("name", NO_CUDA_KERNEL)
+def test_cuda_leaves_other_ops_as_they_are(name):
+    """What no CUDA C++ kernel is written for runs as under "auto"."""
+    for dtype in (torch.float32, torch.float64):
+        with ops.backend("cuda"):
+            calls(dtype)[name]()
+
+
 def test_the_backward_pass_is_chosen_too():
     """When it runs, which is not when the forward pass ran."""
     x = torch.zeros(2, 8, 6, requires_grad=True)
@@ -88,8 +99,8 @@ def test_it_holds_in_every_thread():
 
 
 def test_an_unknown_backend():
-    message = r"^backend must be one of auto, reference, triton, got 'cuda'$"
-    with pytest.raises(ValueError, match=message), ops.backend("cuda"):
+    message = r"^backend must be one of auto, reference, triton, cuda, got 'hip'$"
+    with pytest.raises(ValueError, match=message), ops.backend("hip"):
         pass
 
 
@@ -131,4 +142,7 @@ def test_environment_variable():
 def test_an_unknown_backend_in_the_environment():
     wrong = run("trito", "import vmae_fast.ops")
     assert wrong.returncode == 1
-    assert "VMAE_FAST_BACKEND must be one of auto, reference, triton, got 'trito'" in wrong.stderr
+    assert (
+        "VMAE_FAST_BACKEND must be one of auto, reference, triton, cuda, got 'trito'"
+        in wrong.stderr
+    )

@@ -19,9 +19,14 @@ from vmae_fast.kernels import _launch
 from vmae_fast.kernels.attention import why_not
 from vmae_fast.kernels.attention_tiles import Three
 
+from . import _extension
 from ._backend import chosen_backend
+from ._short_attention import takes
 
-ATTENTION_KERNELS = ("auto", "triton", "cudnn", "flash", "sdpa")
+ATTENTION_KERNELS = ("auto", "triton", "cuda", "cudnn", "flash", "sdpa")
+
+# Computed by our ops. "cuda" in the table means Triton where the extension cannot run.
+_OURS = ("triton", "cuda")
 
 # What PyTorch may run, best first. Where a call does not suit the first, the next takes it.
 _ANY = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -87,13 +92,16 @@ def attention_kernel(name: str) -> Iterator[None]:
     """Choose what computes attention on GPUs, in all threads, while the context lasts.
 
     The environment variable ``VMAE_FAST_ATTENTION`` sets what holds outside of it;
-    :func:`vmae_fast.ops.backend` "reference" and "triton" go before either. On a CPU it is
-    PyTorch's own kernel, whatever is chosen here.
+    :func:`vmae_fast.ops.backend` "reference", "triton" and, for what its kernels take, "cuda" go
+    before either. On a CPU it is PyTorch's own kernel, whatever is chosen here.
 
     Args:
         name: "auto" (a table by GPU, dtype and number of keys; under
             ``torch.use_deterministic_algorithms(True)`` never cuDNN, whose backward pass is not
             deterministic), "triton" (our kernels: an error where they do not take a head width),
+            "cuda" (our CUDA C++ kernels for what they take, fp16 and bf16 in up to 256 tokens a
+            sequence and head widths of 64, 80 and 88, without a class token; Triton's for the
+            rest: an error where the extension is not built or cannot run),
             "cudnn", "flash" or "sdpa" (PyTorch's ``scaled_dot_product_attention`` with that
             backend first, or as PyTorch chooses).
 
@@ -131,6 +139,8 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
     # to attend is no case for a kernel.
     if q.device.type in ("cpu", "meta") or chosen_backend() == "triton" or 0 in q.shape:
         return "op"
+    if chosen_backend() == "cuda" and takes(q.dtype, q.shape[3], num_keys):
+        return "op"
     demanded = "sdpa" if chosen_backend() == "reference" else _chosen
     deterministic = torch.are_deterministic_algorithms_enabled()
     if demanded == "cudnn" and deterministic:
@@ -142,16 +152,27 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
         unsuited = str(q.dtype)
     target = _target(q.device.type, q.device.index)
     ours = not unsuited and target > 0
-    if demanded == "triton" and not ours:
-        raise RuntimeError(f"attention_kernel triton cannot take {unsuited or q.device}")
+    if demanded in _OURS and not ours:
+        raise RuntimeError(f"attention_kernel {demanded} cannot take {unsuited or q.device}")
+    if demanded == "cuda" and (why := _extension.why_not(q.device)):
+        raise RuntimeError(f"attention_kernel cuda cannot run: {why}")
     if demanded != "auto":
-        return "op" if demanded == "triton" else demanded
+        return "op" if demanded in _OURS else demanded
     if not ours:
         return "sdpa"
     if deterministic or not dense:
         return "op"
     kernel = tabled(target, q.dtype, num_keys).kernel
-    return "op" if kernel == "triton" else kernel
+    return "op" if kernel in _OURS else kernel
+
+
+def prefers_cuda(q: Tensor, num_keys: int) -> bool:
+    """Whether our kernels in CUDA C++ go before Triton's for a call that is ours to compute."""
+    if _chosen != "auto" or q.device.type != "cuda":
+        return _chosen == "cuda"
+    target = _target(q.device.type, q.device.index)
+    known = target > 0 and q.dtype in _launch.FLOAT_DTYPES
+    return known and tabled(target, q.dtype, num_keys).kernel == "cuda"
 
 
 def _target(kind: str, index: int | None) -> int:

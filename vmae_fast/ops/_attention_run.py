@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 from vmae_fast.kernels import attention as kernels
 from vmae_fast.kernels.attention_tiles import Results, Sequences, Three
 
-from ._backend import use_triton
+from . import _short_attention as cuda
+from ._attention_choice import prefers_cuda
+from ._backend import use_cuda, use_triton
 from ._checks import check
 from ._library import compute_dtype
 
@@ -77,8 +81,12 @@ def run_forward(given: Three, sequences: Sequences, scale: float) -> Three:
     q = given[0]
     if q.numel() == 0:
         return empty_results(q, sequences)
-    triton = _runs_triton(q)
-    run = kernels.attention_triton if triton else kernels.attention_in_sequences_reference
+    if _runs_cuda(q, sequences, partial(cuda.unsuited, given, sequences), backward=False):
+        run = cuda.short_attention
+    elif _runs_triton(q):
+        run = kernels.attention_triton
+    else:
+        run = kernels.attention_in_sequences_reference
     out, class_out, lse = run(given, sequences, scale)
     if class_out is None:
         class_out = lse.new_empty(q.shape[0], 0, *q.shape[2:])
@@ -101,14 +109,24 @@ def run_backward(
             x.zero_()
         return
     grad, out, own = (x.contiguous().unflatten(2, q.shape[2:]) for x in (grad, kept[0], kept[1]))
-    triton = _runs_triton(q)
-    run = (
-        kernels.attention_backward_triton
-        if triton
-        else kernels.attention_in_sequences_backward_reference
-    )
     results = Results(out, own if sequences.class_token else None, kept[2])
+    unsuited = partial(cuda.unsuited_backward, grad, given, grads, sequences)
+    if _runs_cuda(q, sequences, unsuited, backward=True):
+        run = cuda.short_attention_backward
+    elif _runs_triton(q):
+        run = kernels.attention_backward_triton
+    else:
+        run = kernels.attention_in_sequences_backward_reference
     run(grad, given, results, grads, sequences, scale)
+
+
+def _runs_cuda(
+    q: Tensor, sequences: Sequences, unsuited: Callable[[], str], *, backward: bool
+) -> bool:
+    """Looks at the tensors only where the CUDA C++ kernels are wanted: that takes its time."""
+    if not use_cuda(q, preferred=prefers_cuda(q, sequences.total)):
+        return False
+    return not unsuited() and cuda.fits(q, sequences, backward=backward)
 
 
 def _runs_triton(q: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton's on a GPU, else plain PyTorch."""
+"""Which implementation of an op runs: Triton's or CUDA C++ on a GPU, else plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from vmae_fast.kernels import _launch
 
-BACKENDS = ("auto", "reference", "triton")
+from . import _extension
+
+BACKENDS = ("auto", "reference", "triton", "cuda")
 
 
 def _checked(name: str, source: str) -> str:
@@ -32,8 +34,10 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (Triton kernels on GPUs of compute capability 8.0 and later, for fp32, fp16
-            and bf16; plain PyTorch elsewhere), "reference" (plain PyTorch everywhere) or
-            "triton" (an error where its kernels cannot run).
+            and bf16; plain PyTorch elsewhere), "reference" (plain PyTorch everywhere), "triton"
+            (an error where its kernels cannot run) or "cuda" (CUDA C++ kernels for the ops and
+            arguments that one is written for, what "auto" takes for all others; an error in those
+            ops where the extension is not built or cannot run on the device).
 
     Raises:
         ValueError: no such backend.
@@ -59,10 +63,24 @@ def chosen_backend() -> str:
     return _chosen
 
 
-def backend_summary() -> str:
-    """One line on what runs where, for people."""
+def backend_summary(extension: bool = True) -> str:
+    """One line on what runs where, for people.
+
+    Args:
+        extension: also say of the CUDA C++ extension.
+    """
     if _chosen == "reference":
         return "reference: plain PyTorch for every op, as VMAE_FAST_BACKEND demands"
+    line = _triton_summary()
+    return f"{line}; {extension_summary()}" if extension else line
+
+
+def extension_summary() -> str:
+    """One line on the CUDA C++ extension, for people."""
+    return _extension.summary(_chosen)
+
+
+def _triton_summary() -> str:
     if _launch.triton is None:
         return "reference: plain PyTorch for every op; triton is not installed"
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -74,8 +92,7 @@ def backend_summary() -> str:
         return f"reference: plain PyTorch for every op; {why}"
     return (
         f"triton for token and loss ops on {', '.join(served)}; attention by triton or PyTorch's "
-        "cuDNN or FlashAttention, whichever the length suits; PyTorch's own matrix products; no "
-        "CUDA C++ extension"
+        "cuDNN or FlashAttention, whichever the length suits; PyTorch's own matrix products"
     )
 
 
@@ -111,3 +128,28 @@ def use_triton(
             f"TRITON_INTERPRET=1 and tensors on the CPU), but the tensors are on {device}"
         )
     return False
+
+
+def use_cuda(*tensors: Tensor | None, unsuited: str = "", preferred: bool = False) -> bool:
+    """Whether a CUDA C++ kernel is to run on these tensors.
+
+    Args:
+        *tensors: what the kernel reads; the first one's device decides.
+        unsuited: what of the call the kernel does not take, in words; "" if it takes it.
+        preferred: a table puts the kernel first for this call: then "auto" takes it as well.
+
+    Raises:
+        RuntimeError: it was demanded and cannot run, or it was built and cannot be loaded.
+    """
+    if _chosen in ("reference", "triton"):
+        return False
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    if _chosen == "auto" and device.type == "cuda":
+        # One that was built and cannot be loaded shows, whether or not this call wants it.
+        _extension.extension()
+    if _chosen == "auto" and (unsuited or not preferred):
+        return False
+    why = _extension.why_not(device)
+    if why and _chosen == "cuda":
+        raise RuntimeError(f"backend cuda cannot run on {device}: {why}")
+    return not why and not unsuited

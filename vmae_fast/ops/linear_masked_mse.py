@@ -10,7 +10,7 @@ from torch import Tensor
 from vmae_fast.kernels import linear_masked_mse as kernels
 from vmae_fast.kernels.masked_mse import too_large
 
-from ._backend import use_triton
+from ._backend import use_cuda, use_triton
 from ._checks import check, check_same_device
 from ._library import (
     autocasting,
@@ -19,6 +19,7 @@ from ._library import (
     refuse_double_backward,
     register,
 )
+from ._masked_mse_cuda import linear_masked_mse_cuda, why_not
 from .masked_mse import check_targets, targets_of
 
 
@@ -110,8 +111,11 @@ def _forward(
     *targets_args, keep = rest
     targets = targets_of(*targets_args)
     triton = use_triton(targets.video, x, too_large=too_large(targets))
-    run = kernels.linear_masked_mse_triton if triton else kernels.linear_masked_mse_reference
-    loss, *grads = run(x, weight, bias, targets, scored, keep)
+    if use_cuda(targets.video, x, unsuited=why_not(targets, x.dtype)):
+        loss, *grads = linear_masked_mse_cuda(x, weight, bias, targets, scored, keep, triton)
+    else:
+        run = kernels.linear_masked_mse_triton if triton else kernels.linear_masked_mse_reference
+        loss, *grads = run(x, weight, bias, targets, scored, keep)
     grad_x, grad_weight, grad_bias = (loss.new_empty(0) if g is None else g for g in grads)
     return loss, grad_x, grad_weight, grad_bias
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from vmae_fast.kernels import masked_mse as kernels
 from vmae_fast.kernels.masked_mse import Targets
 
-from ._backend import use_triton
+from ._backend import use_cuda, use_triton
 from ._checks import check, check_channels, check_index, check_same_device, check_video
 from ._library import once_differentiable, refuse_double_backward, register
+from ._masked_mse_cuda import masked_mse_cuda, why_not
 
 
 def masked_mse(
@@ -161,7 +162,10 @@ def targets_of(
 def _forward(pred: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *targets_args, keep = rest
     targets = targets_of(*targets_args)
-    if use_triton(targets.video, pred, too_large=kernels.too_large(targets)):
+    dtype = torch.float32 if pred is None else pred.dtype
+    if use_cuda(targets.video, pred, unsuited=why_not(targets, dtype)):
+        per_token, kept = masked_mse_cuda(pred, targets, keep)
+    elif use_triton(targets.video, pred, too_large=kernels.too_large(targets)):
         per_token, kept = kernels.masked_mse_triton(pred, targets, keep)
     else:
         per_token, kept = kernels.masked_mse_reference(pred, targets, keep)
