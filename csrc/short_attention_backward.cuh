@@ -272,7 +272,7 @@ struct Work {
   __device__ __forceinline__ void values(float (&sums)[1][K / 8][4],
                                          const RowsInRegisters<K> (&values)[1], int row,
                                          bool more) const {
-    const RowsInShared<K> keys[1] = {{k, row}};
+    const RowsInRegisters<K> keys[1] = {RowsInRegisters<K>(RowsInShared<K>{k, row})};
     Span spans[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

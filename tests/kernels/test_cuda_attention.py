@@ -93,7 +93,7 @@ def test_a_backward_pass_that_does_not_fit_is_left_to_others(
 
 
 def test_a_smaller_chip(cuda_calls, emulated):
-    """99 KiB, of compute capability 8.6, 8.9 and 12.0: the nothing, the forward pass alone, or both."""
+    """99 KiB, of compute capability 8.6, 8.9 and 12.0: nothing, the forward pass alone, or both."""
     calls = cuda_calls()
     emulated.emulator.set_most_shared_bytes(99 * 1024)
     try:
