@@ -146,7 +146,7 @@ CUDA_CALLS: dict[str, Callable[[Draw], Made]] = {
     "attention of 160, 80 wide": joint(160, 80),
     "attention of 208, 88 wide": joint(208, 88),
     "attention of 37, 64 wide": joint(37, 64),
-    "attention of 240, 64 wide": joint(240, 64),
+    "attention of 224, 64 wide": joint(224, 64),
     "attention of 256, 64 wide": joint(256, 64),
     "along time": divided(8, 5, "time"),
     "along time, 88 wide": divided(16, 3, "time", 88),

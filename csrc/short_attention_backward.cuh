@@ -14,7 +14,7 @@
 namespace vmae_fast {
 
 // Up to so many tiles each has a warp of its own; of more each warp has two, one after the other.
-// As many as leave no register spilt. Not yet measured.
+// As many as leave no register spilt; they fill a multiprocessor. Not yet measured.
 constexpr int BACKWARD_WARPS = 12;
 
 // Of a query: the log-sum-exp in units of log 2, and the mean gradient of its weights, by these

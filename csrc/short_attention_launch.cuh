@@ -50,11 +50,13 @@ void backward(const Attention& given, const Gradients& into, Stream stream) {
   const int items = grouping.items(given.clips);
   const int threads = 32 * plan.warps, most = most_shared_bytes();
   int blocks = items;
-  // Two blocks side by side hide each other's memory accesses as well as two stages would.
-  if (2 * plan.bytes() > most && backward_plan<K>(plan.tiles, 2).bytes() <= most) {
+  // Two blocks side by side, where shared memory and registers have room for them, hide each
+  // other's memory accesses as well as two stages would.
+  const bool alone = 2 * plan.bytes() > most || 2 * plan.warps > BACKWARD_WARPS;
+  if (alone && backward_plan<K>(plan.tiles, 2).bytes() <= most) {
     plan.stages = 2;
     const int room = resident_blocks(kernel, threads, plan.bytes());
-    blocks = items < room ? items : room;
+    blocks = room < 1 || items < room ? items : room;
   }
   launch(kernel, blocks, threads, plan.bytes(), stream, static_cast<const T*>(into.out),
          static_cast<const T*>(given.q), static_cast<const T*>(given.k),

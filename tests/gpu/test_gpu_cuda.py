@@ -115,7 +115,7 @@ SIZES = {
     "encoder": joint(16, 160, 12, 64),
     "huge": joint(4, 160, 16, 80),
     "giant": joint(4, 208, 16, 88),
-    "longest_backward": joint(4, 240, 12, 64),
+    "longest_backward": joint(4, 224, 12, 64),
     "longest": joint(4, 256, 12, 64),
     "odd": joint(3, 97, 5, 64),
     "one": joint(3, 1, 5, 64),
