@@ -7,9 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from vmae_fast import VideoMAE, cli
+from vmae_fast import VideoMAE, cli, ops
 from vmae_fast.data import synthetic_videos
 from vmae_fast.pictures import NORM_PIX_NOTE
 
@@ -220,3 +221,20 @@ def test_installed_command_runs():
     program = Path(sys.executable).with_name("vmae-fast")
     done = subprocess.run([program, "env"], capture_output=True, text=True, check=True)
     assert "decoders" in done.stdout
+
+
+def test_a_backend_that_cannot_run_is_one_line(monkeypatch, capsys):
+    def compute(args):
+        with ops.backend("cuda"):
+            ops.masked_mse(
+                torch.zeros(1, 1, 6),
+                torch.zeros(1, 3, 1, 1, 2),
+                torch.zeros(1, 1).long(),
+                (1, 1, 2),
+            )
+
+    monkeypatch.setattr(cli, "_env", compute)
+    assert cli.main(["env"]) == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("vmae-fast: backend cuda cannot run on cpu: ")
+    assert "\n" not in line

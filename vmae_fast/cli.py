@@ -54,9 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vmae_fast.data import DataError, DecodeError
     from vmae_fast.models import CheckpointError
+    from vmae_fast.ops import BackendError
     from vmae_fast.train import ConfigError, RunError
 
-    mendable = (DataError, DecodeError, CheckpointError, ConfigError, RunError, OSError)
+    mendable = (
+        DataError,
+        DecodeError,
+        CheckpointError,
+        ConfigError,
+        RunError,
+        BackendError,
+        OSError,
+    )
     try:
         return commands[args[0]][0](args[1:])
     except mendable as error:

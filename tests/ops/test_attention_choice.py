@@ -21,6 +21,7 @@ from vmae_fast.ops._attention_choice import (
     LONGEST,
     Choice,
     choose,
+    prefers_cuda,
     tabled,
 )
 
@@ -209,6 +210,69 @@ def test_a_deterministic_run_never_has_cudnn(gpu, deterministic, target):
             choose(queries(), 5)
         with ops.backend("triton"):
             assert choose(queries(), 5) == "op"
+
+
+# ---- our kernels in CUDA C++ ---------------------------------------------------------------
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Call with why the extension cannot run, "" where it can."""
+
+    def set_to(why):
+        monkeypatch.setattr(_attention_choice._extension, "why_not", lambda device: why)
+
+    set_to("")
+    return set_to
+
+
+def test_no_row_has_them_before_they_are_measured():
+    assert not [row for row in CHOICES if row.kernel == "cuda" and not row.measured]
+
+
+def test_a_row_for_them(gpu):
+    gpu(90, (Choice(80, 2, 100, "cuda"), Choice(80, 2, LONGEST, "flash")))
+    assert [choose(queries(), keys) for keys in (100, 101)] == ["op", "flash"]
+    assert [prefers_cuda(queries(), keys) for keys in (100, 101)] == [True, False]
+    assert not prefers_cuda(queries(torch.float64), 100)
+    with ops.attention_kernel("triton"):
+        assert choose(queries(), 100) == "op"
+        assert not prefers_cuda(queries(), 100)
+    gpu()
+    assert not prefers_cuda(queries(), 100)
+
+
+def test_they_are_demanded(gpu, extension):
+    with ops.attention_kernel("cuda"):
+        for keys in (5, 10**6):
+            assert choose(queries(), keys) == "op"
+            assert prefers_cuda(queries(), keys)
+        with pytest.raises(
+            RuntimeError, match=r"^attention_kernel cuda cannot take heads of width"
+        ):
+            choose(queries(head_width=24), 5)
+        extension("it is not built")
+        message = r"^attention_kernel cuda cannot run: it is not built$"
+        with pytest.raises(RuntimeError, match=message):
+            choose(queries(), 5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_width", "keys", "takes"),
+    [
+        (torch.bfloat16, 64, 256, True),
+        (torch.float16, 88, 1, True),
+        (torch.bfloat16, 64, 257, False),
+        (torch.bfloat16, 32, 5, False),
+        (torch.float32, 64, 5, False),
+    ],
+    ids=str,
+)
+def test_their_backend_goes_before_a_kernel_for_what_they_take(
+    gpu, extension, dtype, head_width, keys, takes
+):
+    with ops.backend("cuda"), ops.attention_kernel("flash"):
+        assert choose(queries(dtype, head_width), keys) == ("op" if takes else "flash")
 
 
 # ---- the context and the environment variable ---------------------------------------------

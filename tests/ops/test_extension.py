@@ -285,7 +285,7 @@ def test_by_default_nothing_of_it_is_used(chosen, use_of, device):
         ("auto", module(), "CUDA C++ extension for sm_80, 90a, 100 and PTX of 100 (CUDA 13.0), off "
          "by default: VMAE_FAST_BACKEND=cuda"),
         ("cuda", module(), "CUDA C++ extension for sm_80, 90a, 100 and PTX of 100 (CUDA 13.0), as "
-         "VMAE_FAST_BACKEND demands"),
+         "VMAE_FAST_BACKEND demands, but there is no GPU to run on"),
         ("auto", module(architectures="80", cuda=12090), "CUDA C++ extension for sm_80 (CUDA 12.9),"
          " off by default: VMAE_FAST_BACKEND=cuda"),
         ("cuda", module(emulated=True), "CUDA C++ extension, emulated on the CPU, as "

@@ -5,7 +5,7 @@ Implementations live in :mod:`vmae_fast.kernels`; models and trainer never call 
 
 from ._attention_choice import attention_kernel
 from ._backend import backend, backend_summary
-from ._checks import debug
+from ._checks import BackendError, debug
 from .attention import attention, cross_attention
 from .divided_attention import ATTENTION_AXES, divided_attention
 from .linear import linear
@@ -16,6 +16,7 @@ from .tubelet_embed import tubelet_embed
 
 __all__ = [
     "ATTENTION_AXES",
+    "BackendError",
     "attention",
     "attention_kernel",
     "backend",

@@ -21,6 +21,7 @@ from vmae_fast.kernels.attention_tiles import Three
 
 from . import _extension
 from ._backend import chosen_backend
+from ._checks import BackendError
 from ._short_attention import takes
 
 ATTENTION_KERNELS = ("auto", "triton", "cuda", "cudnn", "flash", "sdpa")
@@ -132,7 +133,7 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
         dense: the sequences lie in memory as PyTorch's kernels take them; a copy otherwise.
 
     Raises:
-        RuntimeError: a kernel was demanded that cannot run.
+        BackendError: a kernel was demanded that cannot run.
     """
     unsuited = why_not(q.shape[3])
     # On a meta device as on a CPU: the op is what has formulas for shapes and operations. Nothing
@@ -144,7 +145,7 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
     demanded = "sdpa" if chosen_backend() == "reference" else _chosen
     deterministic = torch.are_deterministic_algorithms_enabled()
     if demanded == "cudnn" and deterministic:
-        raise RuntimeError(
+        raise BackendError(
             "attention_kernel cudnn is not deterministic in its backward pass, but "
             "torch.use_deterministic_algorithms(True) is on"
         )
@@ -153,9 +154,9 @@ def choose(q: Tensor, num_keys: int, *, dense: bool = True) -> str:
     target = _target(q.device.type, q.device.index)
     ours = not unsuited and target > 0
     if demanded in _OURS and not ours:
-        raise RuntimeError(f"attention_kernel {demanded} cannot take {unsuited or q.device}")
+        raise BackendError(f"attention_kernel {demanded} cannot take {unsuited or q.device}")
     if demanded == "cuda" and (why := _extension.why_not(q.device)):
-        raise RuntimeError(f"attention_kernel cuda cannot run: {why}")
+        raise BackendError(f"attention_kernel cuda cannot run: {why}")
     if demanded != "auto":
         return "op" if demanded in _OURS else demanded
     if not ours:

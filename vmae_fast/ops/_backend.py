@@ -12,6 +12,7 @@ from torch import Tensor
 from vmae_fast.kernels import _launch
 
 from . import _extension
+from ._checks import BackendError
 
 BACKENDS = ("auto", "reference", "triton", "cuda")
 
@@ -107,7 +108,7 @@ def use_triton(
         too_large: what of the arguments the kernels cannot hold, in words; "" if they can.
 
     Raises:
-        RuntimeError: Triton was demanded and cannot run.
+        BackendError: Triton was demanded and cannot run.
     """
     if _chosen == "reference":
         return False
@@ -119,9 +120,9 @@ def use_triton(
     if not wrong and not too_large and _launch.available(device):
         return True
     if _chosen == "triton" and too_large:
-        raise RuntimeError(f"backend triton cannot take {too_large}")
+        raise BackendError(f"backend triton cannot take {too_large}")
     if _chosen == "triton":
-        raise RuntimeError(
+        raise BackendError(
             f"backend triton takes float32, float16 and bfloat16, got {wrong[0]}"
             if wrong
             else "backend triton needs a GPU of compute capability 8.0 or later (or "
@@ -139,7 +140,7 @@ def use_cuda(*tensors: Tensor | None, unsuited: str = "", preferred: bool = Fals
         preferred: a table puts the kernel first for this call: then "auto" takes it as well.
 
     Raises:
-        RuntimeError: it was demanded and cannot run, or it was built and cannot be loaded.
+        BackendError: it was demanded and cannot run, or it was built and cannot be loaded.
     """
     if _chosen in ("reference", "triton"):
         return False
@@ -151,5 +152,5 @@ def use_cuda(*tensors: Tensor | None, unsuited: str = "", preferred: bool = Fals
         return False
     why = _extension.why_not(device)
     if why and _chosen == "cuda":
-        raise RuntimeError(f"backend cuda cannot run on {device}: {why}")
+        raise BackendError(f"backend cuda cannot run on {device}: {why}")
     return not why and not unsuited

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+
+class BackendError(RuntimeError):
+    """The implementation that was demanded cannot run, or one that was built cannot be loaded."""
+
+
 _debug = os.environ.get("VMAE_FAST_DEBUG", "0") not in ("", "0")
 
 

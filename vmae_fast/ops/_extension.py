@@ -20,6 +20,8 @@ from torch import Tensor
 
 from vmae_fast.kernels import _launch
 
+from ._checks import BackendError
+
 _NAME = "vmae_fast._C"
 _FOLDER = Path(__file__).resolve().parents[1]
 # Written by the build: whether the extension was built, and if not why.
@@ -34,7 +36,7 @@ def extension() -> Any:
     """The module ``vmae_fast._C``, imported on first use; None where it was not built.
 
     Raises:
-        RuntimeError: it was built and cannot be loaded.
+        BackendError: it was built and cannot be loaded.
     """
     global _module
     if _module is _UNASKED:
@@ -57,7 +59,7 @@ def _load() -> Any:
         why = f"{built[0].name} is not for this Python, which loads files that end in {endings}"
     else:
         why = str(cause)
-    raise RuntimeError(
+    raise BackendError(
         f"the CUDA C++ extension {_NAME} was built but cannot be loaded: {why}. Build it again "
         f"with this Python and the installed CUDA toolkit (pip install -e .), or delete "
         f"{built[0] if built else 'it'} to go without it"
@@ -81,7 +83,7 @@ def why_not(device: torch.device) -> str:
     """Why the extension cannot run on tensors of this device; "" where it can.
 
     Raises:
-        RuntimeError: it was built and cannot be loaded.
+        BackendError: it was built and cannot be loaded.
     """
     index = device.index
     if device.type == "cuda" and index is None:
@@ -179,7 +181,7 @@ def summary(chosen: str) -> str:
     """One line on the extension, for people, under the chosen backend."""
     try:
         module = extension()
-    except RuntimeError as error:
+    except BackendError as error:
         return f"CUDA C++ extension BROKEN: {error}"
     if module is None:
         return f"no CUDA C++ extension: {_why_not_built()}"
@@ -193,6 +195,8 @@ def summary(chosen: str) -> str:
     unserved = [why for why in map(why_not, gpus) if why]
     if gpus and len(unserved) == len(gpus):
         return f"{what}, which cannot run: {unserved[0]}"
+    if chosen == "cuda" and not gpus and not about["emulated"]:
+        return f"{what}, as VMAE_FAST_BACKEND demands, but there is no GPU to run on"
     if chosen == "cuda":
         return f"{what}, as VMAE_FAST_BACKEND demands"
     return f"{what}, off by default: VMAE_FAST_BACKEND=cuda"

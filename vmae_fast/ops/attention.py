@@ -44,7 +44,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
 
     Raises:
         ValueError: qkv's shape does not fit num_heads, or scale is not positive.
-        RuntimeError: a demanded kernel cannot run (see :func:`vmae_fast.ops.attention_kernel`).
+        BackendError: a demanded kernel cannot run (see :func:`vmae_fast.ops.attention_kernel`).
 
     Source: Attention Is All You Need (arXiv 1706.03762); without the matrix of logits,
     FlashAttention (arXiv 2205.14135, 2307.08691).
@@ -74,7 +74,7 @@ def cross_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None =
     Raises:
         ValueError: the widths do not divide into heads or do not fit each other, dtypes or devices
             differ, there is no key, or scale is not positive.
-        RuntimeError: a demanded kernel cannot run (see :func:`vmae_fast.ops.attention_kernel`).
+        BackendError: a demanded kernel cannot run (see :func:`vmae_fast.ops.attention_kernel`).
     """
     check(num_heads > 0, lambda: f"num_heads must be positive, got {num_heads}")
     check(

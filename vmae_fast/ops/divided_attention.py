@@ -60,7 +60,7 @@ def divided_attention(
     Raises:
         ValueError: the grid does not hold qkv's tokens, the axis is unknown, or as in
             :func:`vmae_fast.ops.attention`.
-        RuntimeError: a demanded kernel cannot run (see :func:`vmae_fast.ops.attention_kernel`).
+        BackendError: a demanded kernel cannot run (see :func:`vmae_fast.ops.attention_kernel`).
 
     Source: TimeSformer (arXiv 2102.05095), also for the class token.
     """
