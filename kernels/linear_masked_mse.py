@@ -47,9 +47,7 @@ def linear_masked_mse_reference(
     ``(n, E)`` in x's dtype, those of weight and bias in fp32 (fp64).
     """
     turn = differences_reference(targets)
-    return in_chunks(
-        x_BSE, weight_PE, bias_P, targets, scored_BS, keep, turn, column_sum_reference
-    )
+    return in_chunks(x_BSE, weight_PE, bias_P, targets, scored_BS, keep, turn, column_sum_reference)
 
 
 def linear_masked_mse_triton(
