@@ -118,8 +118,8 @@ __device__ __forceinline__ void load_lse(Statistics* statistics, const float* ls
                                          int row) {
   const int lane = threadIdx.x % 32, here = row + lane;
   if (lane < TILE) {
-    // No query: weights of exp(-inf).
-    const float value = here < item.rows ? load_global(lse + item.at_lse(here)) : INFINITY;
+    // Where there is no query the weights are masked.
+    const float value = here < item.rows ? load_global(lse + item.at_lse(here)) : 0.0f;
     store_shared(&statistics[here].lse, value * LOG2_E);
   }
 }

@@ -154,11 +154,12 @@ def test_any_order_of_warps(seed, cuda_calls, emulated):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("num_tokens", [97, 160])
 @pytest.mark.parametrize("resident", [1, 3, 64])
-def test_any_number_of_resident_blocks(resident, cuda_calls, emulated):
-    """Blocks that stay for several items, with two stages of memory, as many as there is room."""
+def test_blocks_that_stay_for_several_items(resident, num_tokens, cuda_calls, emulated):
+    """Those that fill a multiprocessor, as many as there is room for, with two stages of memory."""
     cuda_calls()
-    qkv = normal(2, 160, 3 * 2 * 64, dtype=LOW, device=CPU)
+    qkv = normal(2, num_tokens, 3 * 2 * 64, dtype=LOW, device=CPU)
     first = gradients(lambda x: ops.attention(x, 2), qkv)
     emulated.emulator.set_resident_blocks(resident)
     emulated.emulator.reset()
@@ -170,6 +171,17 @@ def test_any_number_of_resident_blocks(resident, cuda_calls, emulated):
         emulated.emulator.set_resident_blocks(2)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("num_tokens", [20, 96, 161])
+def test_other_blocks_have_an_item_each(num_tokens, cuda_calls, emulated):
+    """Several side by side, or one whose memory cannot be doubled."""
+    cuda_calls()
+    emulated.emulator.reset()
+    gradients(
+        lambda x: ops.attention(x, 2), normal(2, num_tokens, 3 * 2 * 64, dtype=LOW, device=CPU)
+    )
+    assert emulated.emulator.counts()["blocks"] == 8
 
 
 def test_opcheck(cuda_calls, emulated):
