@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,6 +227,16 @@ def test_no_kernel_spills(codes):
 
     wrong = failures(codes, of=lambda code: code.usage, but=nothing_local)
     assert not wrong, wrong
+
+
+def test_the_compiler_reports_no_spills(binary):
+    """ptxas's own words, where the extension was built in this tree."""
+    log = SOURCES.parent / "build" / "extension" / sys.implementation.cache_tag / "ptxas.log"
+    if SOURCES.parent not in binary.parents:
+        pytest.skip("the extension was not built here")
+    spilt = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.read_text())
+    assert len(spilt) > 2 * len(ATTENTION) * len(HEAD_WIDTHS)
+    assert set(spilt) == {"0"}
 
 
 def test_shared_memory_is_asked_for_by_the_launch(codes):
