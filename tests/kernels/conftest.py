@@ -4,9 +4,13 @@ There Triton's run in its interpreter, those in CUDA C++ in an emulator of ours.
 """
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,16 +27,25 @@ from vmae_fast.kernels.attention_tiles import joint
 from vmae_fast.ops import _extension, _short_attention
 
 
+FOLDER = Path(__file__).parent
+
+
 def pytest_collection_modifyitems(config, items):
     """What is slow runs where it is asked for; what "cuda" does not take is no test of it."""
     unsuited = [item for item in items if family_of(item) == "cuda" and not suits_cuda(item)]
     config.hook.pytest_deselected(items=unsuited)
-    items[:] = [item for item in items if item not in unsuited]
+    dropped = set(unsuited)
+    items[:] = [item for item in items if item not in dropped]
+    items.sort(key=of_interpreter)
     if "slow" in config.getoption("markexpr"):
         return
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+def of_interpreter(item):
+    return item.path.name == "test_interpreter.py"
 
 
 def family_of(item):
@@ -48,6 +61,41 @@ def suits_cuda(item):
         and params.get("head_width", 64) in _short_attention.HEAD_WIDTHS
         and not params.get("class_token", False)
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(request, tmp_path_factory):
+    """Processes in which Triton interprets kernels, report and output of each, by file.
+
+    They start with the first test of this folder and take what the others leave of the processor:
+    one thread each, and last in its turn.
+    """
+    if not any(map(of_interpreter, request.session.items)):
+        yield {}
+        return
+    folder = tmp_path_factory.mktemp("interpreter")
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTEST_ADDOPTS": "",
+    }
+    processes = {}
+    for file in sorted(FOLDER.glob("test_numerics_*.py")):
+        report = folder / f"{file.stem}.xml"
+        command = ["nice", sys.executable, "-m", "pytest", str(file), "-q"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+        with (folder / f"{file.stem}.txt").open("w") as output:
+            process = subprocess.Popen(
+                command, cwd=FOLDER.parents[1], env=environment, stdout=output, stderr=output
+            )
+        processes[file.stem] = (process, report, folder / f"{file.stem}.txt")
+    yield processes
+    for process, _, _ in processes.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
