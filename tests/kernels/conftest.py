@@ -26,7 +26,6 @@ from vmae_fast.kernels._launch import Row
 from vmae_fast.kernels.attention_tiles import joint
 from vmae_fast.ops import _extension, _short_attention
 
-
 FOLDER = Path(__file__).parent
 
 
