@@ -314,6 +314,7 @@ def main() -> int:
     if not sanitizer:
         note("skipped: compute-sanitizer is neither on PATH nor in CUDA_HOME")
         return SKIPPED
+    options.out.mkdir(parents=True, exist_ok=True)
     deadline, good = time.monotonic() + options.limit_s, True
     for position, tool in enumerate(TOOLS):
         log = options.out / f"{tool}.log"

@@ -3,7 +3,8 @@
 // are to sum up to for each query; then, from the weights in shared memory, those gradients and dK;
 // then dQ. Six products of matrices: the gradients of the weights are computed twice, because their
 // sums from the rounded output, as FlashAttention has them, are off by far where weights are
-// near 1. No atomics, everything read and written once.
+// near 1. No atomics; everything is read and written once, but for v where a warp has two tiles of
+// keys.
 //
 // Where one block fills a multiprocessor it stays for several items and has the next one's memory
 // on the way while it computes.
