@@ -34,6 +34,14 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> Tensor:
     if x_RI.device.type == "cpu" and x_RI.dtype in (torch.float16, torch.bfloat16):
         # Products of these give no more digits there than they take.
         grad_RO, x_RI = grad_RO.float(), x_RI.float()
+    return rounded_weight_gradient(grad_RO, x_RI)
+
+
+def rounded_weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+    """As :func:`weight_gradient`, but on a CPU rounded once to the operands' dtype.
+
+    For a gradient that is one such product: several are to be added up in fp32.
+    """
     if _as_convolution(x_RI, grad_RO):
         kernel = x_RI.new_empty(grad_RO.shape[1], x_RI.shape[1], 1, 1)  # read for its shape only
         _, grad_weight, _ = torch.ops.aten.convolution_backward(

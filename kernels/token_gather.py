@@ -1,7 +1,7 @@
 """Moving whole tokens: gather by index, its scatter, and assembly of the decoder's input.
 
 Shapes: x (B, N, D) tokens, idx (B, V) positions distinct within each clip; decoder tokens
-(B, S, E) with S = V + M, the visible ones first.
+(B, S, E) with S = V + M, the visible ones first; rows of any width W.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ def decoder_tokens_reference(
     seen = visible_BVE + pos_embed_NE[visible_idx_BV]
     unseen = mask_token_E + pos_embed_NE[decode_idx_BM]
     return torch.cat([seen, unseen], dim=1)
+
+
+def shared_tokens_reference(
+    visible_BVW: Tensor, shared_NW: Tensor, decode_idx_BM: Tensor
+) -> Tensor:
+    """``[visible | shared[decode_idx]]``, ``(B, V + M, W)``."""
+    return torch.cat([visible_BVW, shared_NW[decode_idx_BM]], dim=1)
 
 
 def position_gradient_reference(grad_BSE: Tensor, idx_BS: Tensor, num_tokens: int) -> Tensor:
@@ -142,6 +149,41 @@ def _decoder_tokens_kernel(
     values = tl.where(seen[:, None], visible, mask_token[None, :]) + pos
     out = out_ptr + rows[:, None] * width + offs_d[None, :]
     tl.store(out, values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _shared_tokens_kernel(
+    visible_ptr, shared_ptr, decode_idx_ptr, out_ptr, num_rows, num_visible, rows_per_clip, width,
+    stride_visible_clip, stride_visible_token, stride_shared, stride_idx_clip, stride_idx_token,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write BLOCK_R rows of BLOCK_D columns of [visible | shared[decode_idx]].
+
+    Grid: row blocks x column blocks, columns fastest. Writes all of out.
+    """
+    column_blocks = tl.cdiv(width, BLOCK_D)
+    program = tl.program_id(0)
+    rows = (program // column_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = (program % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_r, mask_d = rows < num_rows, offs_d < width
+    clip, token = rows // rows_per_clip, rows % rows_per_clip
+    seen, unseen = mask_r & (token < num_visible), mask_r & (token >= num_visible)
+    at = clip * stride_idx_clip + (token - num_visible) * stride_idx_token
+    position = tl.load(decode_idx_ptr + at, mask=unseen, other=0).to(tl.int64)
+    start = clip * stride_visible_clip + token * stride_visible_token
+    visible = tl.load(
+        visible_ptr + start[:, None] + offs_d[None, :],
+        mask=seen[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+    shared = tl.load(
+        shared_ptr + position[:, None] * stride_shared + offs_d[None, :],
+        mask=unseen[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+    values = tl.where(seen[:, None], visible, shared)
+    out = out_ptr + rows[:, None] * width + offs_d[None, :]
+    tl.store(out, values, mask=mask_r[:, None] & mask_d[None, :])
 
 
 @jit
@@ -259,6 +301,22 @@ def decoder_tokens_triton(
         batch * count, num_visible, count, width,
         visible_BVE.stride(0), visible_BVE.stride(1), pos_embed_NE.stride(0),
         *visible_idx_BV.stride(), *decode_idx_BM.stride(),
+        row=_ROWS,
+    )  # fmt: skip
+    return out
+
+
+def shared_tokens_triton(visible_BVW: Tensor, shared_NW: Tensor, decode_idx_BM: Tensor) -> Tensor:
+    """As :func:`shared_tokens_reference`, in one pass."""
+    visible_BVW, shared_NW = dense_rows(visible_BVW), dense_rows(shared_NW)
+    batch, num_visible, width = visible_BVW.shape
+    count = num_visible + decode_idx_BM.shape[1]
+    out = visible_BVW.new_empty(batch, count, width)
+    _launch.launch(
+        _shared_tokens_kernel,
+        _tiles(batch * count, width),
+        visible_BVW, shared_NW, decode_idx_BM, out, batch * count, num_visible, count, width,
+        visible_BVW.stride(0), visible_BVW.stride(1), shared_NW.stride(0), *decode_idx_BM.stride(),
         row=_ROWS,
     )  # fmt: skip
     return out

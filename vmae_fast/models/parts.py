@@ -4,13 +4,22 @@ Shapes: B clips, N tokens, V visible, M decoded, S scored, D encoder width, E de
 P values of a tubelet.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from vmae_fast import ops
 from vmae_fast.masking import Mask
-from vmae_fast.nn import JointSpaceTimeBlock, Linear, TubeletEmbed
+from vmae_fast.nn import (
+    JointSpaceTimeBlock,
+    LayerNorm,
+    Linear,
+    Residual,
+    SharedTokens,
+    TubeletEmbed,
+)
 
 from .config import VideoMAEConfig
 
@@ -54,11 +63,22 @@ def _blocks(
     )
 
 
+def _through(block: nn.Module, stream: Residual, *rest: Any) -> Residual:
+    """The stream after a block, which may be one that was put in our block's place or around it."""
+    if isinstance(block, JointSpaceTimeBlock):
+        return block(stream, *rest)
+    num_queries = rest[0] if rest else None
+    return Residual(block(stream.sum(), *([] if num_queries is None else [num_queries])))
+
+
 class Encoder(nn.Module):
     """ViT over the visible tokens only.
 
     Args:
         config: see :class:`VideoMAEConfig`.
+
+    Attributes:
+        residual_dtype: of the residual stream; None is what embedding gives, fp32 under autocast.
     """
 
     pos_embed: Tensor
@@ -72,7 +92,8 @@ class Encoder(nn.Module):
             config, config.depth, config.width, config.heads, config.encoder_hidden
         )
         eps = config.norm_eps
-        self.norm = nn.LayerNorm(config.width, eps=eps) if config.final_norm else nn.Identity()
+        self.norm = LayerNorm(config.width, eps=eps) if config.final_norm else nn.Identity()
+        self.residual_dtype: torch.dtype | None = None
         self.register_buffer(
             "pos_embed", sinusoid_table(config.num_tokens, config.width), persistent=False
         )
@@ -80,10 +101,11 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, visible_idx: Tensor | None = None) -> Tensor:
         """Encode ``(B, C, T, H, W)`` to ``(B, V, D)``, all N tokens when visible_idx is None."""
-        x_BVD = self.patch_embed(video, self.pos_embed, visible_idx)
+        pos_embed = self.pos_embed.to(self.residual_dtype or self.pos_embed.dtype)
+        stream = Residual(self.patch_embed(video, pos_embed, visible_idx))
         for block in self.blocks:
-            x_BVD = block(x_BVD)
-        return self.norm(x_BVD)
+            stream = _through(block, stream)
+        return self.norm(stream if isinstance(self.norm, LayerNorm) else stream.sum())
 
 
 class Decoder(nn.Module):
@@ -91,6 +113,10 @@ class Decoder(nn.Module):
 
     Args:
         config: see :class:`VideoMAEConfig`.
+
+    Attributes:
+        residual_dtype: of the residual stream; None is the widest of what comes in, fp32 under
+            autocast.
     """
 
     pos_embed: Tensor
@@ -101,7 +127,8 @@ class Decoder(nn.Module):
         self.blocks = _blocks(
             config, config.decoder_depth, width, config.decoder_heads, config.decoder_hidden
         )
-        self.norm = nn.LayerNorm(width, eps=config.decoder_norm_eps)
+        self.norm = LayerNorm(width, eps=config.decoder_norm_eps)
+        self.residual_dtype: torch.dtype | None = None
         self.head = Linear(width, config.tubelet_values)
         self.register_buffer(
             "pos_embed", sinusoid_table(config.num_tokens, width), persistent=False
@@ -123,15 +150,33 @@ class Decoder(nn.Module):
 
     def features(self, visible: Tensor, mask_token: Tensor, mask: Mask) -> Tensor:
         """What the head reads, ``(B, S, E)``; arguments as in :meth:`forward`."""
-        x_BNE = ops.decoder_tokens(
-            visible, mask_token, self.pos_embed, mask.visible_idx, mask.decode_idx
-        )
-        *blocks, last = self.blocks
-        for block in blocks:
-            x_BNE = block(x_BNE)
-        # Nothing reads the other tokens after the last block: they are its keys only.
-        x_BSE = last(x_BNE, mask.num_scored)
-        return self.norm(x_BSE)
+        dtype = self.residual_dtype
+        pos_embed = self.pos_embed if dtype is None else self.pos_embed.to(dtype)
+        if dtype is not None:
+            visible, mask_token = visible.to(dtype), mask_token.to(dtype)
+        tokens = (visible, mask_token, pos_embed, mask.visible_idx)
+        stream = Residual(ops.decoder_tokens(*tokens, mask.decode_idx))
+        shared = self._shared(*tokens, mask.decode_idx)
+        for number, block in enumerate(self.blocks, 1):
+            # Nothing reads the other tokens after the last block: they are its keys only.
+            num_queries = mask.num_scored if number == len(self.blocks) else None
+            stream = _through(block, stream, num_queries, shared)
+            shared = None
+        return self.norm(stream, for_product=True)
+
+    def _shared(
+        self, visible: Tensor, mask_token: Tensor, pos_embed: Tensor, *idx: Tensor
+    ) -> SharedTokens | None:
+        """For the first block: a mask token is the same wherever it stands in the batch.
+
+        None where the batch has fewer of them than there are positions. Nothing random, dropout
+        say, may come between these tokens and that block's norm.
+        """
+        visible_idx, decode_idx = idx
+        if pos_embed.shape[0] >= decode_idx.shape[0] * decode_idx.shape[1]:
+            return None
+        seen = ops.decoder_tokens(visible, mask_token, pos_embed, visible_idx, decode_idx[:, :0])
+        return SharedTokens(seen, mask_token + pos_embed, decode_idx)
 
 
 class ClassifierHead(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vmae_fast import ops
 from vmae_fast.masking import Mask, Masking
-from vmae_fast.nn import Linear, MaskedMSELoss
+from vmae_fast.nn import JointSpaceTimeBlock, Linear, MaskedMSELoss
+from vmae_fast.nn.block import Checkpointing
 
 from .config import VideoMAEConfig
 from .parts import ClassifierHead, Decoder, Encoder
@@ -56,6 +57,11 @@ class VideoMAE(nn.Module):
         encoder: reads the visible tokens.
         decoder: predicts the masked ones; None in an encoder alone or a fine-tuned model.
         classifier: head of a fine-tuned model, else None.
+        residual_dtype: dtype of the residual stream: None (as published: that of the weights, so
+            fp32 under autocast), or torch.bfloat16, which under bf16 autocast halves its memory and
+            rounds every addition.
+        checkpointing: what is computed again in the backward pass to save memory: "none" (norms
+            and GELU only), "mlp" or "block".
 
     Raises:
         ValueError: no such size, or numbers that do not divide (the message names ones that do).
@@ -83,6 +89,32 @@ class VideoMAE(nn.Module):
             self.loss = MaskedMSELoss(
                 config.tubelet, norm_pix=config.norm_pix, mean=config.mean, std=config.std
             )
+        self.checkpointing = "none"
+
+    @property
+    def residual_dtype(self) -> torch.dtype | None:
+        return self.encoder.residual_dtype
+
+    @residual_dtype.setter
+    def residual_dtype(self, dtype: torch.dtype | None) -> None:
+        for part in (self.encoder, self.decoder):
+            if part is not None:
+                part.residual_dtype = dtype
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, what: Checkpointing) -> None:
+        if what not in get_args(Checkpointing):
+            raise ValueError(
+                f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, got {what!r}"
+            )
+        self._checkpointing: Checkpointing = what
+        for module in self.modules():
+            if isinstance(module, JointSpaceTimeBlock):
+                module.checkpointing = what
 
     def forward(
         self, video: Tensor, mask: Tensor | Mask | None = None, *, return_pred: bool = False

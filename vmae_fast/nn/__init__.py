@@ -1,10 +1,11 @@
 """Drop-in modules over the ops: parameters named and shaped as in what they replace."""
 
 from .attention import Attention, DividedAttention
-from .block import MLP, DividedSpaceTimeBlock, DropPath, JointSpaceTimeBlock
+from .block import MLP, DividedSpaceTimeBlock, DropPath, JointSpaceTimeBlock, SharedTokens
 from .embed import GatherVisible, TubeletEmbed
 from .linear import Linear
 from .loss import MaskedMSELoss
+from .norm import LayerNorm, Residual
 
 __all__ = [
     "MLP",
@@ -14,7 +15,10 @@ __all__ = [
     "DropPath",
     "GatherVisible",
     "JointSpaceTimeBlock",
+    "LayerNorm",
     "Linear",
     "MaskedMSELoss",
+    "Residual",
+    "SharedTokens",
     "TubeletEmbed",
 ]

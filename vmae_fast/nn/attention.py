@@ -57,14 +57,15 @@ class Attention(nn.Module):
         width = x.shape[2]
         weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
         q = ops.linear(x[:, x.shape[1] - num_queries :], weight_q, self.q_bias)
-        bias = self._bias()
+        bias = self.qkv_bias()
         kv = ops.linear(x, weight_kv, None if bias is None else bias[width:])
         return self.proj(ops.cross_attention(q, kv, self.num_heads))
 
     def _qkv(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.qkv.weight, self._bias())
+        return ops.linear(x, self.qkv.weight, self.qkv_bias())
 
-    def _bias(self) -> Tensor | None:
+    def qkv_bias(self) -> Tensor | None:
+        """``(3 * D,)`` with zeros for the keys, or None."""
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -112,10 +113,13 @@ class DividedAttention(Attention):
         Returns:
             The same shape.
         """
-        out = ops.divided_attention(
-            self._qkv(x), self.num_heads, grid, self.axis, class_token=self.class_token
+        return self.proj(self.attend(self._qkv(x), grid))
+
+    def attend(self, qkv: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Attention alone, from packed ``(B, N, 3 * D)`` to ``(B, N, D)``."""
+        return ops.divided_attention(
+            qkv, self.num_heads, grid, self.axis, class_token=self.class_token
         )
-        return self.proj(out)
 
     def extra_repr(self) -> str:
         """Axis and class token, for printing."""

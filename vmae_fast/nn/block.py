@@ -1,12 +1,44 @@
-"""Pre-norm transformer blocks: joint attention, and divided into time and space."""
+"""Pre-norm transformer blocks: joint attention, and divided into time and space.
+
+Each runs norms, residual additions and GELU in one pass with what stands beside them, and keeps
+for the backward pass the residual stream, packed qkv, attention's output and log-sum-exp, and
+what goes into GELU: 10 widths a token. Norms and GELU are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vmae_fast import ops
 
 from .attention import Attention, DividedAttention
 from .linear import Linear
+from .norm import LayerNorm, Residual
+
+Checkpointing = Literal["none", "mlp", "block"]
+
+# Rows of 16 bytes in 2-byte dtypes: what matrix products and vector loads want.
+_ALIGNMENT = 8
+
+
+class SharedTokens(NamedTuple):
+    """Tokens of which all but the visible ones hang on their position alone.
+
+    Attributes:
+        visible: ``(B, V, D)``, the first V tokens of each clip.
+        shared: ``(N, D)``, what any other token is at each position, the same in all clips.
+        decode_idx: ``(B, M)``, positions of the other tokens.
+    """
+
+    visible: Tensor
+    shared: Tensor
+    decode_idx: Tensor
 
 
 class DropPath(nn.Module):
@@ -26,10 +58,21 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, ...)`` to the same shape."""
-        if not self.training or self.rate == 0:
+        scale = self.scale(x)
+        if scale is None:
             return x
-        keep = torch.empty(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
-        return x * keep.bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return x * scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """Factors ``(B,)`` for the clips of ``(B, ...)``, newly drawn: 0 or 1 / (1 - rate).
+
+        In fp32 (fp64 for fp64). None where nothing is dropped.
+        """
+        if not self.training or self.rate == 0:
+            return None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+        return keep.bernoulli_(1 - self.rate).div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         """Rate, for printing."""
@@ -38,6 +81,9 @@ class DropPath(nn.Module):
 
 class MLP(nn.Module):
     """Two linear layers with exact (erf) GELU between them.
+
+    An inner width that is no multiple of 8 (giant's decoder has 2234) is padded with zeros while
+    computing, which changes nothing, as GELU(0) = 0; the parameters stay as they are.
 
     Args:
         width: D.
@@ -51,7 +97,69 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., D)``."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.outer(ops.linear(x, self.inner_weight()))
+
+    def inner_weight(self) -> Tensor:
+        """fc1's weight ``(hidden, D)``, padded; its bias is added along with GELU."""
+        return F.pad(self.fc1.weight, (0, 0, 0, self._padding()))
+
+    def outer(self, inner: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """From ``(..., hidden)``, what fc1's weight gave, to ``(..., D)``.
+
+        Args:
+            inner: padded as :meth:`inner_weight` is.
+            gamma: layer scale ``(D,)`` of the result, or None.
+        """
+        bias: Tensor | None = self.fc1.bias
+        weight, outer_bias = _scaled(self.fc2, gamma)
+        if padding := self._padding():
+            bias = None if bias is None else F.pad(bias, (0, padding))
+            weight = F.pad(weight, (0, padding))
+        return ops.bias_gelu_linear(inner, bias, weight, outer_bias)
+
+    def _padding(self) -> int:
+        return -self.fc1.out_features % _ALIGNMENT
+
+
+def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of ``gamma * linear(x)``: layer scale that takes no pass over the tokens."""
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
+    if gamma is None:
+        return weight, bias
+    return gamma.unsqueeze(1) * weight, None if bias is None else gamma * bias
+
+
+def _as_built(*modules: nn.Module) -> bool:
+    """Whether calling these modules is no more than what their parameters say.
+
+    Not where one was exchanged (for a quantised layer or one with adapters, say) or has hooks:
+    those are to be called.
+    """
+    return all(
+        type(module) in (LayerNorm, Linear, Attention, DividedAttention, MLP)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        for module in modules
+    )
+
+
+def _normed_qkv(stream: Residual, norm: LayerNorm, attn: Attention) -> tuple[Tensor, Tensor]:
+    """The stream with its addition made, and packed qkv of it normed, ``(B, N, 3 * D)``."""
+    given = (norm.weight, norm.bias, norm.eps, attn.qkv.weight, attn.qkv_bias())
+    if stream.branch is None:
+        return stream.x, ops.layer_norm_linear(stream.x, *given)
+    return ops.add_layer_norm_linear(stream.x, stream.branch, *given, branch_scale=stream.scale)
+
+
+def _mlp_branch(
+    stream: Residual, norm: LayerNorm, mlp: MLP, gamma: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The stream with its addition made, and the branch ``mlp(norm(...))`` of it."""
+    given = (norm.weight, norm.bias, norm.eps, mlp.inner_weight())
+    assert stream.branch is not None
+    x, inner = ops.add_layer_norm_linear(stream.x, stream.branch, *given, branch_scale=stream.scale)
+    return x, mlp.outer(inner, gamma)
 
 
 class JointSpaceTimeBlock(nn.Module):
@@ -65,6 +173,10 @@ class JointSpaceTimeBlock(nn.Module):
         init_values: start of the layer scale's gammas; 0 has none.
         drop_path: probability of dropping each branch for a clip in training.
         eps: the norms' epsilon.
+
+    Attributes:
+        checkpointing: what is computed again in the backward pass beside norms and GELU: "none";
+            "mlp", which keeps 6 widths a token; "block", which keeps what comes in.
 
     Source: VideoMAE (arXiv 2203.12602), the vanilla ViT block; layer scale after CaiT.
 
@@ -87,25 +199,110 @@ class JointSpaceTimeBlock(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads, qkv_bias=qkv_bias)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden)
         self.drop_path = DropPath(drop_path)
         scaled = init_values > 0
         self.gamma_1 = nn.Parameter(torch.full((width,), init_values)) if scaled else None
         self.gamma_2 = nn.Parameter(torch.full((width,), init_values)) if scaled else None
+        self.checkpointing: Checkpointing = "none"
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """``(B, N, D)`` to the same, or to ``(B, num_queries, D)``, the last tokens only."""
+    def forward(
+        self,
+        x: Tensor | Residual,
+        num_queries: int | None = None,
+        shared: SharedTokens | None = None,
+    ) -> Tensor | Residual:
+        """``(B, N, D)`` to the same, or to ``(B, num_queries, D)``, the last tokens only.
+
+        Args:
+            x: tokens; or a stream, and then the result is one too, its last addition not made.
+            num_queries: compute only so many.
+            shared: what x is made of, where mask tokens are the same in all clips: norm and qkv
+                of those are then computed once for each position.
+        """
+        stream = x if isinstance(x, Residual) else Residual(x)
+        # Before anything is checkpointed: what is computed again draws nothing.
+        scales = self.drop_path.scale(stream.x), self.drop_path.scale(stream.x)
+        run = self._run if self._fusable() else self._run_modules
+        if self.checkpointing == "block":
+            stream = checkpoint(
+                run, stream, num_queries, shared, scales,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        else:
+            stream = run(stream, num_queries, shared, scales)
+        return stream if isinstance(x, Residual) else stream.sum()
+
+    def _fusable(self) -> bool:
+        attn, mlp = self.attn, self.mlp
+        modules = (self.norm1, attn, attn.qkv, attn.proj, self.norm2, mlp, mlp.fc1, mlp.fc2)
+        return _as_built(*modules)
+
+    def _run(
+        self,
+        stream: Residual,
+        num_queries: int | None,
+        shared: SharedTokens | None,
+        scales: tuple[Tensor | None, Tensor | None],
+    ) -> Residual:
+        x, attended = self._attended(stream, num_queries, shared)
+        branch = ops.linear(attended, *_scaled(self.attn.proj, self.gamma_1))
+        stream = Residual(x, branch, scales[0])
+        if self.checkpointing == "mlp":
+            x, branch = checkpoint(
+                _mlp_branch, stream, self.norm2, self.mlp, self.gamma_2,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        else:
+            x, branch = _mlp_branch(stream, self.norm2, self.mlp, self.gamma_2)
+        return Residual(x, branch, scales[1])
+
+    def _attended(
+        self, stream: Residual, num_queries: int | None, shared: SharedTokens | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream's tokens, those that are wanted, and attention's output for them."""
+        norm, attn, num_tokens = self.norm1, self.attn, stream.x.shape[1]
+        trimmed = num_queries is not None and num_queries < num_tokens
+        first = num_tokens - (num_queries if trimmed and num_queries is not None else num_tokens)
+        if shared is None and trimmed:
+            x, q, kv = ops.add_layer_norm_query_key_value(
+                stream.x, stream.branch, norm.weight, norm.bias, norm.eps,
+                attn.qkv.weight, attn.qkv_bias(), num_tokens - first, branch_scale=stream.scale,
+            )  # fmt: skip
+            return x, ops.cross_attention(q, kv, attn.num_heads)
+        if shared is None:
+            x, qkv = _normed_qkv(stream, norm, attn)
+        else:
+            x = stream.sum()
+            qkv = ops.shared_tokens(
+                _normed_qkv(Residual(shared.visible), norm, attn)[1],
+                _normed_qkv(Residual(shared.shared.unsqueeze(0)), norm, attn)[1].squeeze(0),
+                shared.decode_idx,
+            )
+        if not trimmed:
+            return x, ops.attention(qkv, attn.num_heads)
+        width = x.shape[2]
+        q, kv = qkv[:, first:, :width], qkv[..., width:]
+        return x[:, first:], ops.cross_attention(q, kv, attn.num_heads)
+
+    def _run_modules(
+        self,
+        stream: Residual,
+        num_queries: int | None,
+        shared: SharedTokens | None,
+        scales: tuple[Tensor | None, Tensor | None],
+    ) -> Residual:
+        """The same by calling the modules one after the other."""
+        x = stream.sum()
         branch = self.attn(self.norm1(x), num_queries)
         if num_queries is not None:
             x = x[:, x.shape[1] - num_queries :]
-        x = x + self._residual(branch, self.gamma_1)
-        return x + self._residual(self.mlp(self.norm2(x)), self.gamma_2)
-
-    def _residual(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
-        return self.drop_path(branch if gamma is None else branch * gamma)
+        x = Residual(x, branch if self.gamma_1 is None else branch * self.gamma_1, scales[0]).sum()
+        branch = self.mlp(self.norm2(x))
+        return Residual(x, branch if self.gamma_2 is None else branch * self.gamma_2, scales[1])
 
 
 class DividedSpaceTimeBlock(nn.Module):
@@ -154,14 +351,14 @@ class DividedSpaceTimeBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.class_token = class_token
-        self.temporal_norm1 = nn.LayerNorm(width, eps=eps)
+        self.temporal_norm1 = LayerNorm(width, eps=eps)
         self.temporal_attn = DividedAttention(width, num_heads, "time", qkv_bias=qkv_bias)
         self.temporal_fc = Linear(width, width) if temporal_fc else nn.Identity()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attn = DividedAttention(
             width, num_heads, "space", class_token=class_token, qkv_bias=qkv_bias
         )
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden)
         self.drop_path = DropPath(drop_path)
         if zero_init_temporal:
@@ -177,8 +374,29 @@ class DividedSpaceTimeBlock(nn.Module):
             grid: ``(t, h, w)`` or ``(t, s)``; the rectangle that a tube mask leaves is one too.
         """
         tokens = x[:, 1:] if self.class_token else x
-        branch = self.temporal_fc(self.temporal_attn(self.temporal_norm1(tokens), grid))
-        tokens = tokens + self.drop_path(branch)
-        x = torch.cat([x[:, :1], tokens], dim=1) if self.class_token else tokens
-        x = x + self.drop_path(self.attn(self.norm1(x), grid))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        tokens, branch = self._attended(
+            Residual(tokens), self.temporal_norm1, self.temporal_attn, grid
+        )
+        branch = self.temporal_fc(branch)
+        stream = Residual(tokens, branch, self.drop_path.scale(x))
+        if self.class_token:
+            stream = Residual(torch.cat([x[:, :1], stream.sum()], dim=1))
+        tokens, branch = self._attended(stream, self.norm1, self.attn, grid)
+        stream = Residual(tokens, branch, self.drop_path.scale(x))
+        if _as_built(self.norm2, self.mlp, self.mlp.fc1, self.mlp.fc2):
+            tokens, branch = _mlp_branch(stream, self.norm2, self.mlp, None)
+        else:
+            tokens = stream.sum()
+            branch = self.mlp(self.norm2(tokens))
+        return Residual(tokens, branch, self.drop_path.scale(x)).sum()
+
+    @staticmethod
+    def _attended(
+        stream: Residual, norm: LayerNorm, attn: DividedAttention, grid: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with its addition made, and the branch ``attn(norm(...))`` of it."""
+        if _as_built(norm, attn, attn.qkv):
+            x, qkv = _normed_qkv(stream, norm, attn)
+            return x, attn.proj(attn.attend(qkv, grid))
+        x = stream.sum()
+        return x, attn(norm(x), grid)

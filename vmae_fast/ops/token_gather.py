@@ -95,6 +95,46 @@ def decoder_tokens(
     return _decoder_tokens(visible, mask_token, pos_embed, visible_idx, decode_idx)
 
 
+def shared_tokens(visible: Tensor, shared: Tensor, decode_idx: Tensor) -> Tensor:
+    """Place rows that all clips share after a clip's own: ``[visible | shared[decode_idx]]``.
+
+    Before a decoder's first attention nothing but the position tells one mask token from another,
+    so what is computed of them token by token is computed once a position, and placed here.
+
+    Args:
+        visible: ``(B, V, W)``, one row a visible token, any floating dtype.
+        shared: ``(N, W)`` in visible's dtype, one row a position.
+        decode_idx: ``(B, M)`` int32 or int64 positions to decode, distinct within each clip and
+            in 0..N-1, which is checked in :func:`vmae_fast.ops.debug` mode only.
+
+    Returns:
+        ``(B, V + M, W)`` in their dtype. Gradients flow to visible and shared; the latter's is
+        the sum over clips at each position, added up in fp32 (fp64 for fp64) and in a fixed order.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        IndexError: in debug mode, a position is out of range or given twice.
+    """
+    check(
+        visible.dim() == 3, lambda: f"visible must be (B, V, W), got shape {tuple(visible.shape)}"
+    )
+    batch, _, width = visible.shape
+    check(
+        shared.dim() == 2 and shared.shape[1] == width,
+        lambda: f"shared must be (N, {width}), got shape {tuple(shared.shape)}",
+    )
+    check(
+        visible.is_floating_point(), lambda: f"visible must be floating point, got {visible.dtype}"
+    )
+    check(
+        shared.dtype == visible.dtype,
+        lambda: f"shared is {shared.dtype} but visible is {visible.dtype}; they must be alike",
+    )
+    check_index("decode_idx", decode_idx, batch, shared.shape[0])
+    check_same_device("visible", visible, shared=shared, decode_idx=decode_idx)
+    return _shared_tokens(visible, shared, decode_idx)
+
+
 def _gather(x: Tensor, idx: Tensor) -> Tensor:
     if use_triton(x):
         return kernels.gather_tokens_triton(x, idx)
@@ -227,3 +267,63 @@ def _decoder_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(_decoder_tokens, _decoder_grad, setup_context=_decoder_setup)
+
+
+def _shared(visible: Tensor, shared: Tensor, decode_idx: Tensor) -> Tensor:
+    if use_triton(visible, shared):
+        return kernels.shared_tokens_triton(visible, shared, decode_idx)
+    return kernels.shared_tokens_reference(visible, shared, decode_idx)
+
+
+def _shared_fake(visible: Tensor, shared: Tensor, decode_idx: Tensor) -> Tensor:
+    batch, num_visible, width = visible.shape
+    return visible.new_empty(batch, num_visible + decode_idx.shape[1], width)
+
+
+def _shared_backward(grad: Tensor, decode_idx: Tensor, num_visible: int, num_tokens: int) -> Tensor:
+    at_positions = (
+        kernels.position_gradient_triton
+        if use_triton(grad)
+        else kernels.position_gradient_reference
+    )
+    return at_positions(grad[:, num_visible:], decode_idx, num_tokens)
+
+
+def _shared_backward_fake(
+    grad: Tensor, decode_idx: Tensor, num_visible: int, num_tokens: int
+) -> Tensor:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.new_empty(num_tokens, grad.shape[2], dtype=wide)
+
+
+_shared_tokens = register(
+    "shared_tokens(Tensor visible, Tensor shared, Tensor decode_idx) -> Tensor",
+    _shared,
+    _shared_fake,
+)
+_shared_tokens_backward = register(
+    "shared_tokens_backward(Tensor grad, Tensor decode_idx, SymInt num_visible,"
+    " SymInt num_tokens) -> Tensor",
+    _shared_backward,
+    _shared_backward_fake,
+)
+once_differentiable(_shared_tokens_backward, "shared_tokens")
+
+
+def _shared_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    visible, shared, decode_idx = inputs
+    ctx.save_for_backward(decode_idx)
+    ctx.num_visible, ctx.num_tokens = visible.shape[1], shared.shape[0]
+
+
+def _shared_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (decode_idx,) = ctx.saved_tensors
+    need_visible, need_shared, _ = ctx.needs_input_grad
+    grad_shared = None
+    if need_shared:
+        sums = _shared_tokens_backward(grad, decode_idx, ctx.num_visible, ctx.num_tokens)
+        grad_shared = sums.to(grad.dtype)
+    return grad[:, : ctx.num_visible] if need_visible else None, grad_shared, None
+
+
+torch.library.register_autograd(_shared_tokens, _shared_grad, setup_context=_shared_setup)
