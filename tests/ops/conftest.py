@@ -77,6 +77,13 @@ def decoder_tokens(batch):
     return function, [(batch, 3, 6), (6,), (8, 6)], (order[:, :3], order[:, 3:])
 
 
+def shared_tokens(batch):
+    def function(visible, shared, decode_idx):
+        return ops.shared_tokens(visible, shared, decode_idx)
+
+    return function, [(batch, 3, 6), (8, 6)], (random_positions(batch, 8, 5),)
+
+
 def tubelet_embed_uint8(batch):
     def function(weight, bias, pos, video, idx):
         return ops.tubelet_embed(video, weight, bias, pos, idx)
@@ -138,10 +145,45 @@ def divided_attention_with_class_token(batch):
     return function, [(batch, 7, 3 * 2 * 4)], ()
 
 
+def layer_norm_linear(batch):
+    def function(x, norm_weight, norm_bias, weight, bias):
+        return ops.layer_norm_linear(x, norm_weight, norm_bias, 1e-3, weight, bias)
+
+    return function, [(batch, 3, 6), (6,), (6,), (5, 6), (5,)], ()
+
+
+def add_layer_norm_linear(batch):
+    def function(x, branch, norm_weight, norm_bias, weight, scale):
+        given = (x, branch, norm_weight, norm_bias, 1e-3, weight)
+        return torch.cat(ops.add_layer_norm_linear(*given, branch_scale=scale), dim=-1)
+
+    shapes = [(batch, 3, 6), (batch, 3, 6), (6,), (6,), (5, 6)]
+    return function, shapes, (torch.arange(batch) / 2,)
+
+
+def add_layer_norm_query_key_value(batch):
+    def function(x, branch, norm_weight, norm_bias, weight, bias):
+        found = ops.add_layer_norm_query_key_value(
+            x, branch, norm_weight, norm_bias, 1e-3, weight, bias, 2
+        )
+        return torch.cat([one.flatten(1) for one in found], dim=1)
+
+    return function, [(batch, 3, 6), (batch, 3, 6), (6,), (6,), (18, 6), (18,)], ()
+
+
+def bias_gelu_linear(batch):
+    def function(x, gelu_bias, weight, bias):
+        return ops.bias_gelu_linear(x, gelu_bias, weight, bias)
+
+    return function, [(batch, 3, 6), (6,), (5, 6), (5,)], ()
+
+
 USES = [
-    gather_tokens, decoder_tokens, tubelet_embed_uint8, tubelet_embed_floating, masked_mse,
+    gather_tokens, decoder_tokens, shared_tokens, tubelet_embed_uint8, tubelet_embed_floating,
+    masked_mse,
     linear_masked_mse, attention, cross_attention, divided_attention_in_time,
     divided_attention_with_class_token,
+    layer_norm_linear, add_layer_norm_linear, add_layer_norm_query_key_value, bias_gelu_linear,
 ]  # fmt: skip
 # What the names of two uses of one op end in.
 VARIANTS = ("_uint8", "_floating", "_in_time", "_with_class_token")

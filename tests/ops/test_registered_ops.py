@@ -61,6 +61,22 @@ def decoder_tokens_backward(given):
     yield grad.bfloat16(), given.visible, given.narrow, 8, True, True
 
 
+def shared_tokens(given):
+    visible, shared = given.normal(2, 3, 6), given.normal(8, 6)
+    yield visible, shared, given.decode
+    yield visible.detach(), shared, given.narrow
+    yield transposed(visible), transposed(shared[None])[0].detach(), given.narrow[:, :0]
+    low = {"dtype": torch.bfloat16}
+    yield given.normal(2, 0, 6, **low), given.normal(8, 6, **low), given.decode
+
+
+def shared_tokens_backward(given):
+    grad = given.normal(2, 8, 6, grad=False)
+    yield grad, given.decode, 3, 8
+    yield grad.bfloat16(), given.narrow, 3, 8
+    yield grad.double().transpose(1, 2).contiguous().transpose(1, 2), given.narrow[:, :0], 8, 8
+
+
 def tubelet_embed(given):
     weight, bias, pos = given.normal(10, 3, *SIZE), given.normal(10), given.normal(8, 10)
     rest = (MEAN, STD, torch.float32)
@@ -198,11 +214,57 @@ def _attention_backward(given, case, tensors):
     yield grad, *given_tensors, *results, *arguments[tensors:]
 
 
+def layer_norm_linear(given):
+    x, branch, scale = given.normal(2, 5, 6), given.normal(2, 5, 6), given.normal(2, grad=False)
+    norm = (given.normal(6), given.normal(6), 1e-3)
+    weight, bias = given.normal(18, 6), given.normal(18)
+    narrow = weight.detach().clone()
+    yield x, None, None, *norm, weight, narrow, bias, -1, 0
+    yield x, branch, scale, *norm, weight, narrow, None, -1, 0
+    yield transposed(x), branch.bfloat16(), None, *norm, weight, narrow.bfloat16(), bias, -1, 0
+    yield x, branch, None, *norm, weight, narrow, bias, 2, 6
+    yield x, None, None, *norm, weight, narrow, None, 5, 6
+    yield x[:0], branch[:0], scale[:0], *norm, weight, narrow, bias, -1, 0
+
+
+def layer_norm_linear_backward(given):
+    x, scale = given.normal(2, 5, 6, grad=False), given.normal(2, grad=False)
+    norm = (given.normal(6, grad=False), given.normal(6, grad=False), 1e-3)
+    narrow, out = given.normal(18, 6, grad=False), given.normal(2, 5, 18, grad=False)
+    tail, kept = given.normal(2, 2, 6, grad=False), given.normal(2, 2, 6, grad=False)
+    yield out, None, None, x, None, *norm, narrow, None, True
+    yield out, None, x, x, scale, *norm, narrow, torch.float32, False
+    yield out, None, x, x, None, *norm, narrow, torch.bfloat16, True
+    yield out[..., 6:], tail, kept, x, None, *norm, narrow, torch.bfloat16, True
+    yield out[:0], None, None, x[:0], None, *norm, narrow, None, True
+
+
+def bias_gelu_linear(given):
+    x, gelu_bias, bias = given.normal(5, 6), given.normal(6), given.normal(3)
+    weight = given.normal(3, 6)
+    narrow = weight.detach().clone()
+    yield x, gelu_bias, weight, narrow, bias
+    yield x, None, weight, narrow, None
+    yield x.bfloat16(), gelu_bias, weight, narrow.bfloat16(), bias
+    yield x[:0], gelu_bias, weight, narrow, bias
+
+
+def bias_gelu_linear_backward(given):
+    x, narrow = given.normal(5, 6, grad=False), given.normal(3, 6, grad=False)
+    grad, gelu_bias = given.normal(5, 3, grad=False), given.normal(6, grad=False)
+    yield grad, x, gelu_bias, narrow, True
+    yield grad, x, None, narrow, False
+    yield grad[:0], x[:0], gelu_bias, narrow, True
+
+
 CASES = [
     gather_tokens, gather_tokens_backward, decoder_tokens, decoder_tokens_backward,
+    shared_tokens, shared_tokens_backward,
     tubelet_embed, tubelet_embed_backward, masked_mse, masked_mse_backward,
     linear_masked_mse, linear_masked_mse_backward, attention, attention_backward,
     cross_attention, cross_attention_backward, divided_attention, divided_attention_backward,
+    layer_norm_linear, layer_norm_linear_backward,
+    bias_gelu_linear, bias_gelu_linear_backward,
 ]  # fmt: skip
 
 

@@ -75,11 +75,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     triton = use_triton(x, grad, gelu_bias)
     found = kernels.bias_gelu_linear_backward(grad, x, gelu_bias, narrow, need_weight, triton)
-    none = found.bias.new_empty(0)
     return (
         found.x,
-        none if found.gelu_bias is None else found.gelu_bias,
-        none if found.weight is None else found.weight,
+        found.bias.new_empty(0) if found.gelu_bias is None else found.gelu_bias,
+        found.bias.new_empty(0) if found.weight is None else found.weight,
         found.bias,
     )
 

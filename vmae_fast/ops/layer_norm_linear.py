@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vmae_fast.kernels import layer_norm_linear as kernels
+from vmae_fast.kernels.layer_norm import too_large
 from vmae_fast.kernels.layer_norm_linear import Norm, Tail
 
 from ._backend import use_triton
@@ -177,11 +178,11 @@ def _forward(
     eps: float, weight: Tensor, narrow: Tensor, bias: Tensor | None, tokens: int, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tail = _tail(tokens, rows)
-    triton = use_triton(x, branch, norm_weight, narrow)
+    triton = use_triton(x, branch, scale, norm_weight, norm_bias, narrow, too_large=too_large(x))
     norm = Norm(norm_weight, norm_bias, eps)
     found = kernels.layer_norm_linear(x, branch, scale, norm, narrow, bias, tail, triton)
     # Where nothing is added the residual is x, which an op may not return.
-    kept = x.new_empty(0) if branch is None else found.residual
+    kept = x.new_empty(0) if branch is None else found.residual.contiguous()
     if tail is None or found.tail is None:
         return kept, x.new_empty(0), found.out, found.out.new_empty(0)
     last = found.residual[:, x.shape[1] - tokens :]
@@ -210,18 +211,19 @@ def _backward(
     scale: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, narrow: Tensor,
     branch_dtype: torch.dtype | None, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    triton = use_triton(grad_out, residual, norm_weight)
+    triton = use_triton(
+        grad_out, residual, scale, norm_weight, norm_bias, too_large=too_large(residual)
+    )
     found = kernels.layer_norm_linear_backward(
         grad_out, grad_tail, grad_residual, residual, scale, Norm(norm_weight, norm_bias, eps),
         narrow, branch_dtype, need_weight, triton,
     )  # fmt: skip
-    none = grad_out.new_empty(0)
     return (
         found.x,
-        none if found.branch is None else found.branch,
+        grad_out.new_empty(0) if found.branch is None else found.branch,
         found.norm_weight,
         found.norm_bias,
-        none if found.weight is None else found.weight,
+        grad_out.new_empty(0) if found.weight is None else found.weight,
         found.bias,
     )
 
@@ -233,13 +235,13 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(narrow.dtype, torch.float32)
     norm_wide = torch.promote_types(residual.dtype, torch.float32)
-    none = grad_out.new_empty(0)
+    own = 0 if branch_dtype is None else residual.shape
     return (
         residual.new_empty(residual.shape),
-        none if branch_dtype is None else residual.new_empty(residual.shape, dtype=branch_dtype),
+        residual.new_empty(own, dtype=branch_dtype or grad_out.dtype),
         residual.new_empty(residual.shape[2], dtype=norm_wide),
         residual.new_empty(residual.shape[2], dtype=norm_wide),
-        narrow.new_empty(narrow.shape, dtype=wide) if need_weight else none,
+        narrow.new_empty(narrow.shape, dtype=wide) if need_weight else grad_out.new_empty(0),
         narrow.new_empty(narrow.shape[0], dtype=wide),
     )
 
@@ -286,6 +288,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     if has_tail:
         ctx.mark_non_differentiable(kept)
+    ctx.name = "add_layer_norm_linear" if has_branch else "layer_norm_linear"
+    if has_tail:
+        ctx.name = "add_layer_norm_query_key_value"
     ctx.eps, ctx.has_tail, ctx.out = eps, has_tail, (out.shape, out.dtype, out.device)
     ctx.branch_dtype = branch.dtype if has_branch else None
     ctx.shared = has_branch and scale is None and branch.dtype == x.dtype
@@ -299,7 +304,7 @@ def _grad(
     grad_out: Tensor | None,
     grad_tail: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("layer_norm_linear")
+    refuse_double_backward(ctx.name)
     residual, scale, norm_weight, norm_bias, narrow = ctx.saved_tensors
     grad_residual = grad_last if ctx.has_tail else grad_kept
     if ctx.branch_dtype is None and not ctx.has_tail:
