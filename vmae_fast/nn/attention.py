@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vmae_fast import ops
 
-from .linear import Linear
+from .linear import Linear, as_built
 
 
 class Attention(nn.Module):
@@ -54,15 +54,23 @@ class Attention(nn.Module):
         """
         if num_queries is None or num_queries == x.shape[1]:
             return self.proj(ops.attention(self._qkv(x), self.num_heads))
-        width = x.shape[2]
+        width, first = x.shape[2], x.shape[1] - num_queries
+        if not as_built(self.qkv):
+            qkv = self._qkv(x)
+            q, kv = qkv[:, first:, :width], qkv[..., width:]
+            return self.proj(ops.cross_attention(q, kv, self.num_heads))
         weight_q, weight_kv = self.qkv.weight.split([width, 2 * width])
-        q = ops.linear(x[:, x.shape[1] - num_queries :], weight_q, self.q_bias)
+        q = ops.linear(x[:, first:], weight_q, self.q_bias)
         bias = self.qkv_bias()
         kv = ops.linear(x, weight_kv, None if bias is None else bias[width:])
         return self.proj(ops.cross_attention(q, kv, self.num_heads))
 
     def _qkv(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.qkv.weight, self.qkv_bias())
+        bias = self.qkv_bias()
+        if as_built(self.qkv):
+            return ops.linear(x, self.qkv.weight, bias)
+        qkv: Tensor = self.qkv(x)
+        return qkv if bias is None else qkv + bias.to(qkv.dtype)
 
     def qkv_bias(self) -> Tensor | None:
         """``(3 * D,)`` with zeros for the keys, or None."""

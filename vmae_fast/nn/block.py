@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vmae_fast import ops
 
 from .attention import Attention, DividedAttention
-from .linear import Linear
+from .linear import Linear, as_built
 from .norm import LayerNorm, Residual
 
 Checkpointing = Literal["none", "mlp", "block"]
@@ -97,7 +97,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., D)``."""
-        return self.outer(ops.linear(x, self.inner_weight()))
+        if as_built(self.fc1, self.fc2):
+            return self.outer(ops.linear(x, self.inner_weight()))
+        return self.fc2(ops.bias_gelu(self.fc1(x)))
 
     def inner_weight(self) -> Tensor:
         """fc1's weight ``(hidden, D)``, padded; its bias is added along with GELU."""
@@ -128,20 +130,6 @@ def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor | N
     if gamma is None:
         return weight, bias
     return gamma.unsqueeze(1) * weight, None if bias is None else gamma * bias
-
-
-def _as_built(*modules: nn.Module) -> bool:
-    """Whether calling these modules is no more than what their parameters say.
-
-    Not where one was exchanged (for a quantised layer or one with adapters, say) or has hooks:
-    those are to be called.
-    """
-    return all(
-        type(module) in (LayerNorm, Linear, Attention, DividedAttention, MLP)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        for module in modules
-    )
 
 
 def _normed_qkv(stream: Residual, norm: LayerNorm, attn: Attention) -> tuple[Tensor, Tensor]:
@@ -239,7 +227,7 @@ class JointSpaceTimeBlock(nn.Module):
     def _fusable(self) -> bool:
         attn, mlp = self.attn, self.mlp
         modules = (self.norm1, attn, attn.qkv, attn.proj, self.norm2, mlp, mlp.fc1, mlp.fc2)
-        return _as_built(*modules)
+        return as_built(*modules)
 
     def _run(
         self,
@@ -383,7 +371,7 @@ class DividedSpaceTimeBlock(nn.Module):
             stream = Residual(torch.cat([x[:, :1], stream.sum()], dim=1))
         tokens, branch = self._attended(stream, self.norm1, self.attn, grid)
         stream = Residual(tokens, branch, self.drop_path.scale(x))
-        if _as_built(self.norm2, self.mlp, self.mlp.fc1, self.mlp.fc2):
+        if as_built(self.norm2, self.mlp, self.mlp.fc1, self.mlp.fc2):
             tokens, branch = _mlp_branch(stream, self.norm2, self.mlp, None)
         else:
             tokens = stream.sum()
@@ -395,7 +383,7 @@ class DividedSpaceTimeBlock(nn.Module):
         stream: Residual, norm: LayerNorm, attn: DividedAttention, grid: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """The stream with its addition made, and the branch ``attn(norm(...))`` of it."""
-        if _as_built(norm, attn, attn.qkv):
+        if as_built(norm, attn, attn.qkv):
             x, qkv = _normed_qkv(stream, norm, attn)
             return x, attn.proj(attn.attend(qkv, grid))
         x = stream.sum()

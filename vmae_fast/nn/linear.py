@@ -1,4 +1,4 @@
-"""Linear module."""
+"""Linear module, and whether modules may be passed over for what they compute."""
 
 import torch.nn as nn
 from torch import Tensor
@@ -12,3 +12,17 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``; see :func:`vmae_fast.ops.linear`."""
         return ops.linear(x, self.weight, self.bias)
+
+
+def as_built(*modules: nn.Module) -> bool:
+    """Whether calling these modules, of this package, is no more than what their parameters say.
+
+    Not where one was exchanged (for a quantised layer, or one with adapters, say) or has hooks:
+    those want to be called.
+    """
+    return all(
+        type(module).__module__.startswith("vmae_fast.nn.")
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        for module in modules
+    )
