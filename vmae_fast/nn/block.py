@@ -1,8 +1,9 @@
 """Pre-norm transformer blocks: joint attention, and divided into time and space.
 
-Each runs norms, residual additions and GELU in one pass with what stands beside them, and keeps
-for the backward pass the residual stream, packed qkv, attention's output and log-sum-exp, and
-what goes into GELU: 10 widths a token. Norms and GELU are computed again.
+Each runs norms, residual additions and GELU in one pass with what stands beside them. The joint
+block keeps 10 widths a token for the backward pass: 2 in the residual stream's dtype (what comes in,
+and after attention), 8 in that of products (packed qkv, attention's output, what goes into GELU),
+and 4 bytes a head of log-sum-exp. Norms and GELU are computed again.
 """
 
 from __future__ import annotations
