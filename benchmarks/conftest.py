@@ -18,7 +18,7 @@ from timing import ceilings
 collect_ignore_glob = ["test_*_cpu.py"] if torch.cuda.is_available() else []
 
 # Worth most first: where the time is limited it may run out. All others come after them.
-FIRST = ("test_attention.py", "test_tokens.py", "test_attention_curves.py")
+FIRST = ("test_attention.py", "test_tokens.py", "test_block.py", "test_attention_curves.py")
 # Before all: where a CUDA C++ kernel stands beside its Triton twin.
 WITH_TWIN = {"test_masked_mse", *(f"test_attention[{case.name}]" for case in TWINS)}
 

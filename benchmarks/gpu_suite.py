@@ -39,7 +39,7 @@ LEAST_S = {"ncu": 45}
 TESTS = ("tests", "benchmarks")
 # What a stopped pytest gets to write its report before it is killed.
 GRACE_S = 10
-MOST_LINES, MOST_FAILURES, MOST_WIDTH = 150, 20, 160
+MOST_LINES, MOST_FAILURES, MOST_WIDTH = 210, 20, 160
 # Peers of a row that are shown: the quickest.
 MOST_PEERS = 3
 

@@ -26,7 +26,10 @@ process. Peers stand with their time and how many times ours is quicker; (e) mar
 includes launches and waiting, since the peer cannot be captured in a CUDA graph. Those that do not
 run on the device are named after "without"; the files say why. Attention stands with the kernel
 that ran: "op" is ours, on a CPU PyTorch's within our op. Rows called "cuda" are of the CUDA C++
-kernels, with the Triton kernel, timed in the same run, as the peer "triton".
+kernels, with the Triton kernel, timed in the same run, as the peer "triton". MiB are "peak", the
+most that tensors take at once, or "kept", what a forward pass keeps for the backward pass.
+Whole training steps stand with clips a second, with TFLOP/s by the MACs of the papers times 6, and
+with GiB of all that a step holds at once: weights, gradients, optimiser state and activations.
 """
 NOTHING = "-"
 TOKEN_HEAD = [
@@ -37,9 +40,10 @@ TOKEN_HEAD = [
     "GB/s",
     "TFLOP/s",
     "peers",
-    "peak MiB",
+    "MiB",
     "targets",
 ]
+STEP_HEAD = ["step", "as", "clips", "ms", "clips/s", "TFLOP/s", "peers", "GiB", "targets"]
 
 
 def render(results: Path) -> str:
@@ -78,7 +82,9 @@ def title(row: Figures) -> str:
 
 def rates(row: Figures) -> list[str]:
     """Bandwidth and arithmetic rate of a row, each with its share of the ceiling."""
-    gb_per_s = f"{number(row['gb_per_s'])} ({number(row['percent_of_copy'])}%)"
+    gb_per_s = NOTHING
+    if "gb_per_s" in row:
+        gb_per_s = f"{number(row['gb_per_s'])} ({number(row['percent_of_copy'])}%)"
     if "tflop_per_s" not in row:
         return [gb_per_s, NOTHING]
     share = f" ({number(row['percent_of_matmul'])}%)" if "percent_of_matmul" in row else ""
@@ -109,12 +115,20 @@ def _token_tables(files: list[Figures]) -> list[str]:
     parts = []
     for origin, group in groupby(sorted(files, key=_origin), key=_origin):
         rows = [row for figures in group for row in figures["rows"]]
-        parts += [f"{origin}\n", table(TOKEN_HEAD, [_token_line(row) for row in rows])]
+        steps = [_step_line(row) for row in rows if "clips_per_s" in row]
+        tokens = [_token_line(row) for row in rows if "clips_per_s" not in row]
+        parts.append(f"{origin}\n")
+        parts += [table(TOKEN_HEAD, tokens)] if tokens or not steps else []
+        parts += [table(STEP_HEAD, steps)] if steps else []
     return parts
 
 
 def _token_line(row: Figures) -> list[str]:
-    peak = ", ".join(f"{name} {number(mib)}" for name, mib in row.get("peak_mib", {}).items())
+    memory = [
+        f"{word}: " + ", ".join(f"{name} {number(mib)}" for name, mib in row[key].items())
+        for word, key in (("peak", "peak_mib"), ("kept", "kept_mib"))
+        if key in row
+    ]
     time = number(row["time_ms"]) + (" (e)" if row["how"] == "events" else "")
     return [
         title(row),
@@ -123,7 +137,22 @@ def _token_line(row: Figures) -> list[str]:
         number(row["copy_of_as_many_bytes_ms"]),
         *rates(row),
         ", ".join(filter(None, [against(row), *refused(row)])) or NOTHING,
-        peak or NOTHING,
+        "; ".join(memory) or NOTHING,
+        "; ".join(judgements(row)) or NOTHING,
+    ]
+
+
+def _step_line(row: Figures) -> list[str]:
+    held = {"ours": row, **row["peers"]}
+    return [
+        row["op"],
+        row["direction"],
+        str(row["clips"]),
+        number(row["time_ms"]) + (" (e)" if row["how"] == "events" else ""),
+        number(row["clips_per_s"]),
+        rates(row)[1],
+        against(row) or NOTHING,
+        ", ".join(f"{name} {number(one['peak_gib'])}" for name, one in held.items()),
         "; ".join(judgements(row)) or NOTHING,
     ]
 
@@ -149,7 +178,8 @@ def _other(name: str, figures: Figures, picture: Path) -> str:
     """Figures of any other benchmark: a table of its scalars, one of each list, its picture."""
     shown = {key: value for key, value in figures.items() if key not in ("environment", "what")}
     parts = [f"### {name}\n", f"{_origin(figures)}\n"]
-    scalars = [[key, _cell(v)] for key, v in shown.items() if not isinstance(v, list)]
+    # What a picture is drawn from alone is a dict.
+    scalars = [[key, _cell(v)] for key, v in shown.items() if not isinstance(v, list | dict)]
     if scalars:
         parts.append(table(["figure", "value"], scalars))
     lists = [value for value in shown.values() if isinstance(value, list)]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vmae_fast import ops
 from vmae_fast.kernels import tubelet_embed as embedding
+from vmae_fast.nn import JointSpaceTimeBlock
 
 TOOLS = ("memcheck", "racecheck")
 LOW = torch.bfloat16
@@ -120,6 +121,43 @@ def decoder_tokens(draw: Draw) -> Made:
     return inputs, lambda *given: ops.decoder_tokens(*given, order[:, :5], order[:, 5:])
 
 
+def shared_tokens(draw: Draw) -> Made:
+    """Rows placed among a clip's own."""
+    idx = draw.order()[:, 5:].int()
+    return [draw.normal(2, 5, 192), draw.normal(12, 192)], lambda *given: ops.shared_tokens(
+        *given, idx
+    )
+
+
+def layer_norm(draw: Draw) -> Made:
+    """The norm of rows that are no whole block."""
+    return [draw.normal(2, 37, 200), *(draw.normal(200) for _ in range(2))], ops.layer_norm
+
+
+def add_layer_norm(stream: torch.dtype, scaled: bool = False) -> Callable[[Draw], Made]:
+    """The addition to a stream and the norm, with drop path's factors or without; both results."""
+
+    def make(draw: Draw) -> Made:
+        inputs = [draw.normal(2, 37, 200), draw.normal(2, 37, 200)]
+        inputs += [draw.normal(200), draw.normal(200)]
+        inputs[0] = inputs[0].detach().to(stream).requires_grad_()
+        scale = torch.tensor([0.0, 2.0], device=draw.device) if scaled else None
+        return inputs, lambda *given: torch.cat(ops.add_layer_norm(*given, branch_scale=scale))
+
+    return make
+
+
+def bias_gelu(draw: Draw) -> Made:
+    """GELU of rows that are no whole block."""
+    return [draw.normal(2, 37, 200), draw.normal(200)], ops.bias_gelu
+
+
+def block(draw: Draw) -> Made:
+    """A whole block, by the ops that join a norm or GELU with the linear layer after it."""
+    made = JointSpaceTimeBlock(192, 3, 384, drop_path=0.5).to(draw.device, draw.dtype)
+    return [draw.normal(2, 37, 192), *made.parameters()], lambda x, *_: made(x)
+
+
 def tubelet_embed(way: str, floating: bool = False) -> Callable[[Draw], Made]:
     """The embedding in one of its ways, of pixels or with the gradient of a floating video."""
 
@@ -168,6 +206,12 @@ TRITON_CALLS: dict[str, Callable[[Draw], Made]] = {
     "linear_masked_mse": linear_masked_mse,
     "gather_tokens": gather_tokens,
     "decoder_tokens": decoder_tokens,
+    "shared_tokens": shared_tokens,
+    "layer_norm": layer_norm,
+    "add_layer_norm": add_layer_norm(LOW),
+    "add_layer_norm, fp32 stream and drop path": add_layer_norm(torch.float32, scaled=True),
+    "bias_gelu": bias_gelu,
+    "block": block,
     "tubelet_embed": tubelet_embed("rows"),
     "tubelet_embed in one kernel": tubelet_embed("one_kernel"),
     "tubelet_embed of a floating video": tubelet_embed("rows", floating=True),

@@ -18,9 +18,9 @@ from . import _launch
 from ._launch import Row, cdiv, jit, power_of_2, tl
 from .token_gather import dense_rows
 
-# By how many columns a row has, rounded up to a power of two, at most: 8 values a thread, one load
-# of 16 bytes for 16-bit dtypes. With twice as many the backward pass takes 128 registers and more,
-# and spills some. Not yet measured.
+# By how many columns a row has, rounded up to a power of two, at most. Up to 2048 columns 8 values
+# a thread, one load of 16 bytes for 16-bit dtypes: with twice as many the backward pass takes 128
+# registers and more, and spills some. Not yet measured.
 _ROWS = {
     1024: Row(num_warps=4, num_stages=1),
     2048: Row(num_warps=8, num_stages=1),
@@ -123,10 +123,11 @@ def _add_reference(x_BND: Tensor, branch_BND: Tensor | None, scale_B: Tensor | N
     if branch_BND is None:
         return x_BND
     if scale_B is None:
-        return torch.add(x_BND, branch_BND).to(x_BND.dtype)
+        return torch.add(x_BND, branch_BND).to(x_BND.dtype).contiguous()
     wide = torch.promote_types(torch.promote_types(x_BND.dtype, branch_BND.dtype), torch.float32)
     scale_B11 = scale_B.to(wide)[:, None, None]
-    return torch.addcmul(x_BND.to(wide), branch_BND.to(wide), scale_B11).to(x_BND.dtype)
+    residual_BND = torch.addcmul(x_BND.to(wide), branch_BND.to(wide), scale_B11)
+    return residual_BND.to(x_BND.dtype).contiguous()
 
 
 def _norm_reference(
@@ -196,13 +197,13 @@ def _layer_norm_kernel(
 def _layer_norm_backward_kernel(
     grad_y_ptr, grad_residual_ptr, residual_ptr, scale_ptr, weight_ptr, bias_ptr,
     grad_x_ptr, grad_branch_ptr, y_ptr, grad_weight_ptr, grad_bias_ptr,
-    num_rows, rows_per_clip, without, width, span,
+    num_rows, rows_per_clip, lacking, width, span,
     stride_gy_clip, stride_gy_token, stride_gr_clip, stride_gr_token,
     stride_residual_clip, stride_residual_token, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BRANCH: tl.constexpr,
     HAS_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of span rows, BLOCK_R at a time; the first ones of a clip are without grad_residual.
+    """Gradients of span rows, BLOCK_R at a time; grad_residual lacks the first tokens of a clip.
 
     Grid: spans. Writes all of grad_x, with HAS_BRANCH of grad_branch, with HAS_Y of y, and one row
     a span of grad_weight and grad_bias.
@@ -224,9 +225,9 @@ def _layer_norm_backward_kernel(
         # Read before the statistics, which have to wait for the rest.
         grad_x = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
         if HAS_RESIDUAL:
-            start = clip * stride_gr_clip + (token - without) * stride_gr_token
+            start = clip * stride_gr_clip + (token - lacking) * stride_gr_token
             grad_at = grad_residual_ptr + start[:, None] + offs_d[None, :]
-            has = mask & (token >= without)[:, None]
+            has = mask & (token >= lacking)[:, None]
             grad_x = tl.load(grad_at, mask=has, other=0.0).to(tl.float32)
         grad_y = grad_y.to(tl.float32)
         centred, rstd = _statistics(x.to(tl.float32), mask_d, width, eps)
@@ -305,10 +306,10 @@ def layer_norm_backward_triton(
     """
     grad_y_BND, residual_BND = dense_rows(grad_y_BND), dense_rows(residual_BND)
     batch, count, width = residual_BND.shape
-    without = 0
+    lacking = 0
     if grad_residual_BSD is not None:
         grad_residual_BSD = dense_rows(grad_residual_BSD)
-        without = count - grad_residual_BSD.shape[1]
+        lacking = count - grad_residual_BSD.shape[1]
 
     def empty(dtype: torch.dtype) -> Tensor:
         return residual_BND.new_empty(batch, count, width, dtype=dtype)
@@ -325,7 +326,7 @@ def layer_norm_backward_triton(
         spans,
         grad_y_BND, grad_residual_BSD, residual_BND, _dense(scale_B), _dense(weight_D),
         _dense(bias_D), x_BND, branch_BND, y_BND, grad_weight, grad_bias,
-        batch * count, count, without, width, span,
+        batch * count, count, lacking, width, span,
         *grad_y_BND.stride()[:2], *_row_strides(grad_residual_BSD), *residual_BND.stride()[:2], eps,
         HAS_RESIDUAL=grad_residual_BSD is not None,
         HAS_SCALE=scale_B is not None,

@@ -192,6 +192,13 @@ def _decoder_tokens(g: Geometry, draw: Draw) -> OpCase:
     )
 
 
+def _shared_tokens(g: Geometry, draw: Draw) -> OpCase:
+    _, masked = draw.positions()
+    width = 3 * g.decoder_width
+    inputs = [draw.normal(g.batch, g.num_visible, width), draw.normal(g.num_tokens, width)]
+    return OpCase(lambda *given: ops.shared_tokens(*given, masked), inputs)
+
+
 def _embedding(g: Geometry, draw: Draw) -> list[Tensor]:
     weight = draw.normal(g.width, g.channels, *g.tubelet, scale=g.values**-0.5)
     return [weight, draw.normal(g.width), draw.normal(g.num_tokens, g.width)]
@@ -273,6 +280,7 @@ def _attention_in_space(g: Geometry, draw: Draw) -> OpCase:
 CASES = {
     "gather_tokens": _gather_tokens,
     "decoder_tokens": _decoder_tokens,
+    "shared_tokens": _shared_tokens,
     "tubelet_embed_uint8": _tubelet_embed_uint8,
     "tubelet_embed_float": _tubelet_embed_float,
     "masked_mse": _masked_mse,

@@ -100,6 +100,11 @@ def launch_token_gather(given):
         given.visible_idx,
         given.decode_idx,
     )
+    token_gather.shared_tokens_triton(
+        given.empty(given.batch, given.num_visible, 3 * narrow),
+        given.empty(given.num_tokens, 3 * narrow),
+        given.decode_idx,
+    )
     unseen = out[:, given.num_visible :]
     token_gather.column_sum_triton(unseen)
     token_gather.position_gradient_triton(unseen, given.decode_idx, given.num_tokens)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import EAGER_FACTOR, random_positions, relative_error
 
-from vmae_fast.ops import decoder_tokens, gather_tokens
+from vmae_fast.ops import decoder_tokens, gather_tokens, shared_tokens
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -190,6 +190,40 @@ def test_one_gradient_alone(wanted, device):
     both = [function(*views(leaves), *index) for function in (decoder_tokens, loop)]
     mine, theirs = (torch.autograd.grad(out, leaves[wanted], upstream)[0] for out in both)
     assert relative_error(mine, theirs) < FP32_RTOL
+
+
+@pytest.mark.parametrize("case", [case for case in DECODERS if "span" not in case])
+def test_shared_tokens(case, dtype, device):
+    batch, _, num_visible, num_decoded, width = DECODERS[case]
+    leaves, (_, decode_idx) = decoder_inputs(DECODERS[case], device, "int32_slice", [dtype] * 3)
+    del leaves[1]
+    count = num_visible + num_decoded
+    upstream = normal(count, batch, width, dtype=dtype, device=device, seed=5).transpose(0, 1)
+
+    def run(function, kind=dtype):
+        own = [leaf.to(kind, copy=True).requires_grad_() for leaf in leaves]
+        # Rows further apart than they are wide, and a table whose columns are not dense.
+        out = function(own[0][:, 1:], own[1][:, ::2], decode_idx)
+        return out, *torch.autograd.grad(out, own, upstream.to(kind))
+
+    got = run(shared_tokens)
+    assert got[0].shape == (batch, count, width)
+    assert [one.dtype for one in got] == [dtype] * 3
+    assert all(torch.equal(*both) for both in zip(got, run(shared_tokens), strict=True))
+    if batch == 0:
+        assert not any(gradient.any() for gradient in got[1:])
+        return
+    truth = run(placed, torch.float64)
+    # What is only moved is exact; sums over clips are of fp32, then rounded once.
+    assert torch.equal(got[0].double(), truth[0])
+    assert torch.equal(got[1].double(), truth[1])
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert relative_error(got[2], truth[2]) <= FP32_RTOL + rounding
+
+
+def placed(visible, shared, decode_idx):
+    clips = [torch.cat([a, shared[i.long()]]) for a, i in zip(visible, decode_idx, strict=True)]
+    return torch.stack(clips)
 
 
 def test_the_same_from_run_to_run(dtype, device):

@@ -178,11 +178,33 @@ def bias_gelu_linear(batch):
     return function, [(batch, 3, 6), (6,), (5, 6), (5,)], ()
 
 
+def layer_norm(batch):
+    def function(x, weight, bias):
+        return ops.layer_norm(x, weight, bias)
+
+    return function, [(batch, 5, 6), (6,), (6,)], ()
+
+
+def add_layer_norm(batch):
+    def function(x, branch, weight, bias, scale):
+        residual, y = ops.add_layer_norm(x, branch, weight, bias, branch_scale=scale)
+        return residual + 2 * y
+
+    return function, [(batch, 5, 6), (batch, 5, 6), (6,), (6,)], (torch.arange(batch) / 3,)
+
+
+def bias_gelu(batch):
+    def function(x, bias):
+        return ops.bias_gelu(x, bias)
+
+    return function, [(batch, 5, 6), (6,)], ()
+
+
 USES = [
     gather_tokens, decoder_tokens, shared_tokens, tubelet_embed_uint8, tubelet_embed_floating,
     masked_mse,
     linear_masked_mse, attention, cross_attention, divided_attention_in_time,
-    divided_attention_with_class_token,
+    divided_attention_with_class_token, layer_norm, add_layer_norm, bias_gelu,
     layer_norm_linear, add_layer_norm_linear, add_layer_norm_query_key_value, bias_gelu_linear,
 ]  # fmt: skip
 # What the names of two uses of one op end in.

@@ -161,6 +161,10 @@ def test_the_others_multiply_no_matrices():
     pos = torch.randn(NUM_TOKENS, D)
     made = counted(lambda: ops.decoder_tokens(visible, mask_token, pos, idx, idx).sum().backward())
     assert made == {}
+    assert counted(lambda: ops.shared_tokens(x[:, :V], x[0], idx).sum().backward()) == {}
+    vectors = torch.ones(D), torch.zeros(D)
+    assert counted(lambda: sum(ops.add_layer_norm(x, x, *vectors)).sum().backward()) == {}
+    assert counted(lambda: ops.bias_gelu(ops.layer_norm(x, *vectors)).sum().backward()) == {}
     pred = torch.randn(B, V, P, requires_grad=True)
     assert counted(lambda: ops.masked_mse(pred, video_of("uint8"), idx, SIZE).backward()) == {}
 

@@ -86,7 +86,9 @@ def test_moving_tokens_keeps_dtypes(device):
         taken = ops.gather_tokens(x, idx)
         wide = ops.decoder_tokens(taken.to(LOW), mask_token, pos, idx, idx)
         low = ops.decoder_tokens(taken.to(LOW), mask_token.to(LOW), pos.to(LOW), idx, idx)
+        placed = [ops.shared_tokens(taken.to(kind), pos.to(kind), idx) for kind in (LOW, pos.dtype)]
     assert (taken.dtype, wide.dtype, low.dtype) == (torch.float32, torch.float32, LOW)
+    assert [one.dtype for one in placed] == [LOW, torch.float32]
 
 
 def test_the_loss_of_low_predictions_is_fp32(device):
@@ -206,6 +208,65 @@ def test_cross_attention_of_two_dtypes_under_autocast(device):
     assert torch.equal(out, expected)
     out.sum().backward()
     assert [leaf.grad.dtype for leaf in leaves] == [torch.float32, LOW]
+
+
+def norms(device, dtypes=(torch.float32, LOW)):
+    leaves = [normal(2, 5, 24, seed=n, device=device).to(dtypes[n]) for n in range(2)]
+    leaves += [normal(24, seed=n, device=device) for n in (2, 3)]
+    return [leaf.requires_grad_() for leaf in leaves]
+
+
+@pytest.mark.parametrize("for_product", [True, False])
+@pytest.mark.parametrize("stream", [torch.float32, LOW], ids=str)
+def test_dtypes_of_norms(stream, for_product, device):
+    """The residual stream keeps its dtype; the norm gets that of products where asked to."""
+    leaves = norms(device, (stream, LOW))
+    with torch.autocast(device.type, LOW):
+        residual, y = ops.add_layer_norm(*leaves, for_product=for_product)
+        alone = ops.layer_norm(leaves[0], *leaves[2:], for_product=for_product)
+    assert residual.dtype == stream
+    assert y.dtype == alone.dtype == (LOW if for_product else stream)
+    (residual.sum() + y.sum() + alone.sum()).backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [leaf.dtype for leaf in leaves]
+    again = ops.layer_norm(leaves[0], *leaves[2:], for_product=True)
+    assert again.dtype == stream
+
+
+def test_norms_are_as_accurate_as_layer_norm_under_autocast(device):
+    leaves = norms(device)
+    upstream = [normal(2, 5, 24, seed=n, device=device) for n in (5, 6)]
+
+    def run(function, kind):
+        own = [leaf.detach().to(kind or leaf.dtype).requires_grad_() for leaf in leaves]
+        with torch.autocast(device.type, LOW, enabled=kind is None):
+            residual, y = function(*own)
+        wanted = [u.to(out.dtype) for u, out in zip(upstream, (residual, y), strict=True)]
+        return residual, y, *torch.autograd.grad((residual, y), own, wanted)
+
+    def theirs(x, branch, weight, bias):
+        residual = x + branch
+        y = F.layer_norm(residual, (24,), weight, bias, 1e-6)
+        return residual, y if x.dtype == torch.float64 else y.to(LOW)
+
+    def ours(*own):
+        return ops.add_layer_norm(*own, for_product=True)
+
+    runs = run(ours, None), run(theirs, None), run(theirs, torch.float64)
+    for triple in zip(*runs, strict=True):
+        assert_as_accurate_as_eager(*triple)
+
+
+def test_bias_gelu_keeps_the_dtype_of_what_comes_in(device):
+    x, bias = normal(5, 24, device=device), normal(24, seed=1, device=device).requires_grad_()
+    for dtype in (LOW, torch.float32):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast(device.type, LOW):
+            y = ops.bias_gelu(leaf, bias)
+        y.sum().backward()
+        assert y.dtype == leaf.grad.dtype == dtype
+        assert bias.grad.dtype == torch.float32
+        truth = F.gelu(x.double() + bias.detach().double())
+        assert relative_error(y, truth) < torch.finfo(dtype).eps
 
 
 def test_attention_in_fp64_is_left_alone(device):

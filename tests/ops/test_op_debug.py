@@ -25,6 +25,7 @@ CALLS = {
         X[:, :4], X[0, 0], X[0], idx, GOOD
     ),
     "decoder_tokens decode_idx": lambda idx: ops.decoder_tokens(X[:, :4], X[0, 0], X[0], GOOD, idx),
+    "shared_tokens decode_idx": lambda idx: ops.shared_tokens(X[:, :4], X[0], idx),
     "tubelet_embed visible_idx": lambda idx: ops.tubelet_embed(VIDEO, WEIGHT, visible_idx=idx),
     "masked_mse target_idx": lambda idx: ops.masked_mse(torch.zeros(3, 4, 96), VIDEO, idx, SIZE),
     "zero_prediction_mse target_idx": lambda idx: ops.zero_prediction_mse(VIDEO, idx, SIZE),

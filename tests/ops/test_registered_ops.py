@@ -257,6 +257,50 @@ def bias_gelu_linear_backward(given):
     yield grad[:0], x[:0], gelu_bias, narrow, True
 
 
+def add_layer_norm(given):
+    x, branch, weight, bias = (given.normal(*s) for s in ((2, 5, 6), (2, 5, 6), (6,), (6,)))
+    low = given.normal(2, 5, 6, dtype=torch.bfloat16)
+    scale = given.normal(2, grad=False)
+    rest = (1e-6, torch.float32)
+    yield x, None, None, weight, bias, *rest
+    yield x, branch, None, weight, bias, *rest
+    yield transposed(x), transposed(branch), scale, weight, bias.detach(), *rest
+    yield low, low, scale, weight, bias, 1e-6, torch.bfloat16
+    # Under autocast.
+    yield x, low, scale, weight.bfloat16().detach(), bias, 1e-6, torch.bfloat16
+    for shape in ((0, 5, 6), (2, 0, 6)):
+        yield given.normal(*shape), given.normal(*shape), None, weight, bias, *rest
+        yield given.normal(*shape), None, None, weight, bias, *rest
+
+
+def add_layer_norm_backward(given):
+    grad, x = given.normal(2, 5, 6, grad=False), given.normal(2, 5, 6, grad=False)
+    vectors = (given.normal(6, grad=False), given.normal(6, grad=False), 1e-6)
+    scale = given.normal(2, grad=False)
+    yield grad, None, x, None, *vectors, None
+    yield grad, grad[:, 2:], x, None, *vectors, torch.float32
+    yield grad.bfloat16(), transposed(grad), x, scale, *vectors, torch.bfloat16
+    yield grad, grad, x.bfloat16(), None, *vectors, torch.bfloat16
+    yield grad[:, :0], None, x[:, :0], scale, *vectors, torch.float32
+
+
+def bias_gelu(given):
+    x, bias = given.normal(7, 6), given.normal(6)
+    yield x, bias
+    yield x, None
+    yield x.detach().t().contiguous().t(), bias
+    yield given.normal(7, 6, dtype=torch.bfloat16), bias
+    yield given.normal(0, 6), bias
+
+
+def bias_gelu_backward(given):
+    grad, x, bias = (given.normal(*s, grad=False) for s in ((7, 6), (7, 6), (6,)))
+    yield grad, x, bias
+    yield grad[::2], x[:4].bfloat16(), bias
+    yield grad.t().contiguous().t(), x, None
+    yield grad[:0], x[:0], bias
+
+
 CASES = [
     gather_tokens, gather_tokens_backward, decoder_tokens, decoder_tokens_backward,
     shared_tokens, shared_tokens_backward,
@@ -265,6 +309,7 @@ CASES = [
     cross_attention, cross_attention_backward, divided_attention, divided_attention_backward,
     layer_norm_linear, layer_norm_linear_backward,
     bias_gelu_linear, bias_gelu_linear_backward,
+    add_layer_norm, add_layer_norm_backward, bias_gelu, bias_gelu_backward,
 ]  # fmt: skip
 
 
