@@ -140,6 +140,8 @@ def test_a_perfect_prediction_reconstructs_the_original(monkeypatch):
         (["pretrain", *SMALL, "--mask-ratio", "1"], "at least one must stay visible"),
         (["pretrain", *SMALL, "--device", "tpu9"], "--device tpu9: Invalid device string"),
         (["pretrain", *SMALL, "--init", "nowhere"], "no checkpoint at nowhere"),
+        (["pretrain", *SMALL, "--cuda-graph", "on"], "--cuda-graph on: needs a CUDA device"),
+        (["pretrain", *SMALL, "--residual", "bf16"], "goes with --precision bf16"),
         (["reconstruct", "nowhere", "x.mp4"], "no checkpoint at nowhere"),
         (["trian"], "no command 'trian'"),
     ],

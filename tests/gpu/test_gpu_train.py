@@ -132,3 +132,32 @@ def test_a_run_in_the_default_precision(config, device):
     assert math.isfinite(result.val_loss)
     again = VideoMAE.from_pretrained(result.checkpoint)
     assert again.config.frames == 4
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_a_run_resumes_with_and_without_graphs(config, device, setting):
+    """What a run with graphs saved goes on without them, and the other way round."""
+    from vmae_fast.train import pretrain
+
+    config.run.cuda_graph = setting
+    config.model.drop_path, config.optim.ema_decay = 0.3, 0.9
+    first, _ = run_on(config, device, "fp32")
+    config.run.out, config.run.resume = str(first.path), True
+    config.optim.steps = 4
+    config.run.cuda_graph = "off" if setting == "on" else "on"
+    assert pretrain(config).steps == 4
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_model_is_not_recorded(device):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from vmae_fast.train.distributed import Ranks
+    from vmae_fast.train.graph import choose_capture
+
+    model = VideoMAE("tiny").to(device)
+    fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
+    with pytest.raises(ValueError, match="sharded by FSDP"):
+        choose_capture("on", model, Ranks(0, 1, device))
+    assert choose_capture("auto", model, Ranks(0, 1, device)) is None

@@ -133,7 +133,14 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(config):
     ids=["static_counts", "scored_weights"],
 )
 def test_two_ranks_equal_one(config, tmp_path, extra):
-    """Same clips, same masks: torchrun on two processes against one with the whole batch."""
+    """Same clips, same masks, same bad files: two processes against one with the whole batch."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for path in sorted(Path(config.data.data).rglob("*.mp4")):
+        (mixed / f"{path.parent.name}-{path.name}").symlink_to(path)
+    for number in range(2):
+        (mixed / f"bad{number}.mp4").write_bytes(b"not a video")
+    config.data.data, config.data.max_bad = str(mixed), 0.5
     common = {"steps": 3, "micro_batch": 2, "repeats": 2, "save_every": 3, **extra}
     process = start(command(config, **common))
     output, _ = process.communicate(timeout=90)
@@ -149,10 +156,12 @@ def test_two_ranks_equal_one(config, tmp_path, extra):
     for name, tensor in weights(config, 3).items():
         assert relative_error(tensor, one[name]) < 1e-4, name
     for a, b in zip(rows, read_metrics(tmp_path / "two" / "metrics.jsonl"), strict=True):
-        for figure in ("loss", "grad_norm", "val_loss", "val_zero_prediction"):
+        for figure in ("loss", "grad_norm", "val_loss", "val_zero_prediction", "bad_files"):
             assert (figure in a) == (figure in b)
             if figure in a:
                 assert b[figure] == pytest.approx(a[figure], rel=1e-4)
+    listed = [(Path(config.run.out).parent / run / "bad_files.txt") for run in ("run", "two")]
+    assert listed[1].read_text() == listed[0].read_text() != ""
 
 
 def test_two_ranks_stop_together(config):

@@ -172,6 +172,12 @@ class RunSettings:
     """Decides weights, order, crops and masks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast: bf16 keeps fp32 weights and residual stream. auto is bf16 on GPUs."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Residual stream under autocast; bf16 halves its memory, and is not what was published."""
+    checkpointing: Literal["none", "mlp", "block"] = "none"
+    """What is computed again in the backward pass to save memory."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Record the step as CUDA graphs. auto does for one process on a CUDA device."""
     device: str = "auto"
     """cuda, cpu, mps, ...; auto takes a GPU where there is one."""
     save_every: int = 1000

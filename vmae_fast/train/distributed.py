@@ -39,14 +39,6 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def any(self, *flags: bool | int) -> list[int]:
-        """Each flag's largest value over all processes: 0 where no process raised it."""
-        if self.world_size == 1:
-            return [int(flag) for flag in flags]
-        values = torch.tensor(flags, dtype=torch.int64, device=self.device)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values.tolist()
-
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:

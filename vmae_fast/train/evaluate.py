@@ -26,7 +26,7 @@ def held_out_loss(
     ranks: Ranks,
     autocast: AbstractContextManager[None],
 ) -> tuple[float, float, list[BadFile]]:
-    """Mean loss of the held-out clips and of predicting zeros for the same tokens.
+    """Mean loss of the held-out clips' scored tokens and of predicting zeros for the same ones.
 
     Args:
         model: put into eval mode for the while.
@@ -52,8 +52,9 @@ def held_out_loss(
             with autocast:
                 loss = model(batch.video, mask).loss
             zero = model.zero_prediction(batch.video, mask)
-            clips = len(items)
-            sums += torch.tensor([loss.item() * clips, zero.item() * clips, clips])
+            # By tokens where their number differs: how clips fall into batches must not matter.
+            weight = len(items) if mask.scored is None else mask.scored.mean().item() * len(items)
+            sums += torch.tensor([loss.item() * weight, zero.item() * weight, weight])
     finally:
         model.train(training)
     total = ranks.sum(sums.to(ranks.device, torch.float32)).tolist()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vmae_fast.data import BadFile, ClipBatch
-from vmae_fast.masking import Mask, clip_keys
+from vmae_fast.masking import clip_keys
 from vmae_fast.masking.hashing import combine
 
 from .config import ConfigError, PretrainConfig
@@ -23,8 +23,10 @@ from .distributed import Ranks
 from .evaluate import held_out_loss
 from .inputs import RunError
 from .metrics import Metrics
-from .optimizer import gradient_norm, learning_rate
+from .optimizer import learning_rate
+from .readback import Readback
 from .setup import Setup
+from .step import NUM_FLAGS, TrainStep
 from .stop import StopRequest
 
 
@@ -53,161 +55,203 @@ class RunResult:
 
 @dataclass
 class _Report:
-    """One optimiser step, as the log and a failure report see it."""
+    """What the host knows of an optimiser step; its figures follow later.
 
-    loss: float = math.nan
-    grad_norm: float = math.nan
+    Attributes:
+        step: steps done before it.
+        lr: its learning rate.
+        wait_s: seconds waited for its clips.
+        paths: its clips on this process.
+        bad: files of this process that could not be read.
+        pace: clips a second and share of waiting, where it is a step that is logged.
+    """
+
+    step: int
     lr: float = 0.0
     wait_s: float = 0.0
     paths: list[str] = field(default_factory=list)
     bad: list[BadFile] = field(default_factory=list)
-    last: tuple[ClipBatch, Mask] | None = None
+    pace: dict[str, float] | None = None
+
+
+class _Pace:
+    """Clips a second and the share of waiting for data, from one row of the metrics to the next."""
+
+    def __init__(self, step: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._restart(step)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Those since the last call; ``step`` steps are done."""
+        elapsed = time.perf_counter() - self._started
+        clips = (step - self._since) * self.batch_size
+        found = {"clips_per_s": clips / elapsed, "data_wait": self.waited_s / elapsed}
+        self._restart(step)
+        return found
+
+    def _restart(self, step: int) -> None:
+        self._started, self._since, self.waited_s = time.perf_counter(), step, 0.0
 
 
 class Pretraining:
     """A run: everything :class:`Setup` made, and the loop over it.
 
+    The host runs some steps ahead of the device. What a step came to is read back as many steps
+    later, and before anything is written that depends on it.
+
     Args:
         config: the settings.
         ranks: this process.
+        stop: requests to stop.
     """
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
-        self.setup = Setup(config, ranks)
-        self.model, self.schedule = self.setup.model, self.setup.schedule
-        self.trained: Any = self.model
+    def __init__(self, config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> None:
+        self.config, self.ranks, self.stop = config, ranks, stop
+        self.setup = setup = Setup(config, ranks)
+        self.model, self.schedule = setup.model, setup.schedule
+        trained = None
         if ranks.world_size > 1:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.trained = DistributedDataParallel(self.model, device_ids=ids)
+            trained = DistributedDataParallel(self.model, device_ids=ids)
+        self.train_step = TrainStep(
+            self.model,
+            setup.optimizer,
+            autocast=setup.autocast,
+            trained=trained,
+            ranks=ranks,
+            clip_grad=config.optim.clip_grad,
+            average=setup.average,
+            accumulate=self.schedule.accumulate,
+            capture=setup.capture,
+        )
+        self.readback: Readback[_Report] = Readback()
         self.val: tuple[float, float] | None = None
+        self.signal = 0
+        self.saved = setup.start_step
+        self.metrics = Metrics(
+            setup.folder.path,
+            self.schedule.total_steps,
+            setup.start_step,
+            active=ranks.is_main,
+        )
 
-    def train(self, stop: StopRequest) -> RunResult:
+    def train(self) -> RunResult:
         """Run to the end, or to a stop request; both end with a checkpoint.
 
         Raises:
             RunError: the loss or a gradient is not finite, or too many files are bad.
         """
-        setup, run = self.setup, self.config.run
-        metrics = Metrics(
-            setup.folder.path,
-            self.schedule.total_steps,
-            setup.start_step,
-            active=self.ranks.is_main,
-        )
-        step, saved, signal = setup.start_step, setup.start_step, 0
         try:
-            metrics.say(setup.describe())
-            batches = setup.inputs.train_batches(self.schedule, step)
-            started, since = time.perf_counter(), step
-            waited = 0.0
-            while step < self.schedule.total_steps and not signal:
-                done = self._step(step, batches)
-                step += 1
-                waited += done.wait_s
-                signal = self._watch(done.bad, stop, step, saved)
-                shown = None
-                last = step == self.schedule.total_steps
-                if step % run.log_every == 0 or last:
-                    now = time.perf_counter()
-                    speed = (step - since) * self.config.optim.batch_size / (now - started)
-                    shown = self._log(metrics, step, done, speed, waited / (now - started))
-                    started, since, waited = now, step, 0.0
-                metrics.step(shown)
-                if setup.inputs.val and (step % run.val_every == 0 or last):
-                    self._validate(metrics, step)
-                if step % run.save_every == 0 or last or signal:
-                    self._save(step)
-                    saved = step
+            if self.ranks.is_main:
+                self.metrics.say(self.setup.describe())
+            step = self._loop()
+        except Exception:
+            # Steps done before something else failed keep their rows, where no other process has
+            # to agree.
+            if self.ranks.world_size == 1:
+                self._read(everything=True)
+            raise
         finally:
-            metrics.close()
+            self.metrics.close()
+        setup = self.setup
         checkpoint = setup.folder.latest()
         assert checkpoint is not None
         loss, zero = self.val or (None, None)
         samples = setup.inputs.samples(setup.validation) if self.ranks.is_main else []
-        return RunResult(setup.folder.path, checkpoint, step, loss, zero, signal, samples)
+        return RunResult(setup.folder.path, checkpoint, step, loss, zero, self.signal, samples)
+
+    def _loop(self) -> int:
+        """All steps; returns how many are done."""
+        run, total = self.config.run, self.schedule.total_steps
+        step = self.setup.start_step
+        batches = self.setup.inputs.train_batches(self.schedule, step)
+        pace = _Pace(step, self.config.optim.batch_size)
+        self.model.train()
+        while step < total and not self.signal:
+            report = self._step(step, batches)
+            step += 1
+            self._read()
+            pace.waited_s += report.wait_s
+            if self._logged(step):
+                report.pace = pace.figures(step)
+            if self.ranks.world_size == 1:
+                self.signal = self.stop.signal
+            validates = bool(self.setup.inputs.val) and (step % run.val_every == 0 or step == total)
+            saves = step % run.save_every == 0 or step == total
+            if validates or saves or self.signal:
+                self._read(everything=True)
+            self._check_bad(step)
+            if validates:
+                self._validate(step)
+            if saves or self.signal:
+                self._save(step)
+        return step
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.run.log_every == 0 or step == self.schedule.total_steps
 
     def _step(self, step: int, batches: Iterator[ClipBatch]) -> _Report:
-        """One optimiser step over all its micro-batches."""
-        setup, schedule, config = self.setup, self.schedule, self.config
+        """Enqueue one optimiser step over all its micro-batches."""
+        ranks, device_step = self.ranks, self.train_step
         # Drop path draws from torch's generator: seeded by the step, so that a resumed run
         # draws the same and no generator state needs to be kept.
-        torch.manual_seed(combine_seed(config.run.seed, step, self.ranks.rank))
-        self.model.train()
-        setup.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.ranks.device)
-        report = _Report()
-        count = schedule.accumulate
+        torch.manual_seed(combine_seed(self.config.run.seed, step, ranks.rank))
+        report = _Report(step, learning_rate(step, self.schedule))
+        count = self.schedule.accumulate
         if self.model.masking.num_unscored is not None:
             # As many tokens count in every clip: each micro-batch weighs the same, and is
             # loaded when it is its turn.
             for number in range(count):
-                self._micro_step(*self._load(batches, report), 1 / count, loss, number)
+                device_step.forward_backward(*self._load(batches, report), number=number)
         else:
             loaded = [self._load(batches, report) for _ in range(count)]
-            shares = self._shares([mask for _, mask in loaded])
-            for number, ((batch, mask), share) in enumerate(zip(loaded, shares, strict=True)):
-                self._micro_step(batch, mask, share, loss, number)
-        norm = gradient_norm(self.model.parameters(), config.optim.clip_grad)
-        # The one read-back of a step: a loss that is not finite must stop before the update.
-        loss_value, norm_value = torch.stack(
-            [self.ranks.sum(loss) / self.ranks.world_size, norm.to(loss.dtype)]
-        ).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._stop_nonfinite(step, loss_value, norm_value, report.paths)
-        lr = learning_rate(step, schedule)
-        for group in setup.optimizer.param_groups:
-            group["lr"] = lr
-        setup.optimizer.step()
-        if setup.average is not None:
-            setup.average.update(self.model)
-        report.loss, report.grad_norm, report.lr = loss_value, norm_value, lr
+            shares = device_step.shares([keys for _, keys in loaded])
+            for number, ((video, keys), share) in enumerate(zip(loaded, shares, strict=True)):
+                device_step.forward_backward(video, keys, share, number)
+        came = self.stop.signal
+        flags = (len(report.bad), came == signal.SIGINT, came == signal.SIGTERM)
+        values = device_step.update(report.lr, *(flags if ranks.world_size > 1 else ()))
+        if self._logged(step + 1):
+            values = torch.cat([values, device_step.zero_prediction().float().view(1)])
+        self.readback.put(report, values)
         return report
 
-    def _load(self, batches: Iterator[ClipBatch], report: _Report) -> tuple[ClipBatch, Mask]:
-        """The next micro-batch on the device, with its masks; noted in ``report``."""
+    def _load(self, batches: Iterator[ClipBatch], report: _Report) -> tuple[Tensor, Tensor]:
+        """The next micro-batch and its masks' keys, on the host; noted in ``report``."""
         before = time.perf_counter()
         batch = next(batches)
         report.wait_s += time.perf_counter() - before
         report.paths += batch.paths
         report.bad += batch.bad
-        batch = batch.to(self.ranks.device)
-        seed = self.config.run.seed
-        mask = self.model.masking(clip_keys(seed, batch.epoch, batch.clip, batch.repeat))
-        report.last = (batch, mask)
-        return batch, mask
+        keys = clip_keys(self.config.run.seed, batch.epoch, batch.clip, batch.repeat)
+        return batch.video, keys.pin_memory() if self.ranks.device.type == "cuda" else keys
 
-    def _shares(self, masks: list[Mask]) -> Tensor:
-        """Each micro-batch's share of the step's loss: its part of all scored tokens."""
-        counts = torch.stack([torch.as_tensor(mask.scored_count()) for mask in masks]).float()
-        total = self.ranks.sum(counts.sum())
-        # DDP averages over processes, and these sum to 1 over all of them.
-        return counts / total * self.ranks.world_size
+    def _read(self, *, everything: bool = False) -> None:
+        """Act on the figures of steps that are far enough back, or of all."""
+        for report, values in self.readback.take(everything=everything):
+            loss, norm, not_finite, *more = values
+            if not_finite:
+                # Those after it were skipped.
+                self.readback.clear()
+                self._stop_nonfinite(report.step, loss, norm, report.paths)
+            any_bad = bool(report.bad)
+            if self.ranks.world_size > 1:
+                # All processes read the same sums of the same step, and so do the same.
+                any_bad, interrupted, terminated = (bool(flag) for flag in more[:NUM_FLAGS])
+                if interrupted or terminated:
+                    self.signal = signal.SIGTERM if terminated else signal.SIGINT
+            if any_bad:
+                self._note_bad(report.bad)
+            self._log(report, loss, norm, more[-1] if report.pace is not None else math.nan)
 
-    def _micro_step(
-        self, batch: ClipBatch, mask: Mask, share: float | Tensor, loss: Tensor, number: int
-    ) -> None:
-        """Forward and backward of a micro-batch; adds its share to ``loss`` in place."""
-        last = number == self.schedule.accumulate - 1
-        # Gradients are exchanged once a step, with the last micro-batch.
-        hold = self.trained.no_sync() if self.ranks.world_size > 1 and not last else nullcontext()
-        with hold:
-            with self.setup.autocast():
-                part = self.trained(batch.video, mask).loss * share
-            part.backward()
-        loss += part.detach()
-
-    def _watch(self, bad: list[BadFile], stop: StopRequest, step: int, saved: int) -> int:
-        """Note bad files and stop requests of all processes; returns the signal, 0 for none."""
+    def _check_bad(self, step: int) -> None:
+        """End the run where too many files are bad; its ``step`` steps are saved."""
         known = self.setup.bad_files
-        any_bad, signal = self.ranks.any(bool(bad), stop.signal)
-        if any_bad:
-            self._note_bad(bad)
         if known.too_many:
-            if step != saved:
+            self._read(everything=True)
+            if step != self.saved:
                 self._save(step)
             raise RunError(known.message(self.setup.folder.bad_files))
-        return signal
 
     def _note_bad(self, bad: list[BadFile]) -> None:
         """Add all processes' bad files to the list."""
@@ -216,26 +260,25 @@ class Pretraining:
         if fresh and self.ranks.is_main:
             self.setup.folder.write_bad_files(self.setup.bad_files.reasons)
 
-    def _log(
-        self, metrics: Metrics, step: int, done: _Report, speed: float, waiting: float
-    ) -> dict[str, float]:
-        assert done.last is not None
-        batch, mask = done.last
-        zero = self.model.zero_prediction(batch.video, mask).item()
+    def _log(self, report: _Report, loss: float, norm: float, zero: float) -> None:
+        """Count a step, and write its row where it has one."""
+        if report.pace is None:
+            self.metrics.step()
+            return
         shown = {
-            "loss": done.loss,
+            "loss": loss,
             "zero_prediction": zero,
-            "lr": done.lr,
-            "grad_norm": done.grad_norm,
-            "clips_per_s": speed,
-            "data_wait": waiting,
+            "lr": report.lr,
+            "grad_norm": norm,
+            **report.pace,
         }
+        step = report.step + 1
         epoch = step * self.schedule.files_per_step / len(self.setup.inputs.train)
         bad = len(self.setup.bad_files.reasons)
-        metrics.write(step, {**shown, "epoch": round(epoch, 4), "bad_files": bad})
-        return {**shown, **({"bad_files": bad} if bad else {})}
+        self.metrics.write(step, {**shown, "epoch": round(epoch, 4), "bad_files": bad})
+        self.metrics.step({**shown, **({"bad_files": bad} if bad else {})})
 
-    def _validate(self, metrics: Metrics, step: int) -> None:
+    def _validate(self, step: int) -> None:
         inputs = self.setup.inputs
         loss, zero, bad = held_out_loss(
             self.model,
@@ -247,14 +290,15 @@ class Pretraining:
         )
         self.val = (loss, zero)
         self._note_bad(bad)
-        metrics.write(step, {"val_loss": loss, "val_zero_prediction": zero})
+        self.metrics.write(step, {"val_loss": loss, "val_zero_prediction": zero})
 
     def _save(self, step: int) -> None:
         if self.ranks.is_main:
             self.setup.save(step)
         self.ranks.barrier()
+        self.saved = step
 
-    def _stop_nonfinite(self, step: int, loss: float, norm: float, paths: list[str]) -> None:
+    def _stop_nonfinite(self, step: int, loss: float, norm: float, paths: list[str]) -> NoReturn:
         """Save the weights from before the update and what went in; then end the run."""
         folder = self.setup.folder.path / f"nonfinite-step-{step:08d}"
         everyone: list[Any] = self.ranks.gather(paths)
@@ -294,7 +338,7 @@ def pretrain(config: PretrainConfig) -> RunResult:
 
     config.check()
     with StopRequest() as stop, process_group(config.run.device) as ranks:
-        return Pretraining(config, ranks).train(stop)
+        return Pretraining(config, ranks, stop).train()
 
 
 __all__ = ["ConfigError", "Pretraining", "RunError", "RunResult", "pretrain"]

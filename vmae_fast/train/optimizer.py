@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .config import OptimSettings, Schedule
 
 
 def make_optimizer(model: VideoMAE, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW; no decay on vectors (biases, norms, layer scale) and the mask token.
+    """Fused AdamW; no decay on vectors (biases, norms, layer scale) and the mask token.
 
     The learning rate is set before every step by :func:`learning_rate`.
     """
@@ -20,7 +21,6 @@ def make_optimizer(model: VideoMAE, settings: OptimSettings) -> torch.optim.Adam
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.dim() > 1 and name not in undecayed].append(parameter)
-    on_gpu = next(model.parameters()).is_cuda
     return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": settings.weight_decay},
@@ -28,7 +28,7 @@ def make_optimizer(model: VideoMAE, settings: OptimSettings) -> torch.optim.Adam
         ],
         lr=0.0,
         betas=(settings.beta1, settings.beta2),
-        fused=on_gpu,
+        fused=True,
     )
 
 
@@ -45,14 +45,28 @@ def learning_rate(step: int, schedule: Schedule) -> float:
     return schedule.min_lr + (schedule.lr - schedule.min_lr) * cosine
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter], clip: float | None) -> Tensor:
-    """Global 2-norm of the gradients, as a scalar on their device; scaled to ``clip`` if above."""
-    parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return norm
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint keeps of it: its state dict with learning rates as numbers."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load :func:`optimizer_state`, also one that another implementation of AdamW wrote."""
+    # How the update runs is this optimiser's own; its learning rate may be a tensor.
+    names = ("lr", "fused", "foreach", "capturable")
+    own = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    groups = [{**group, **ours} for group, ours in zip(saved, own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group, ours in zip(optimizer.param_groups, own, strict=True):
+        group["lr"] = ours["lr"]
+
+
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    """Global 2-norm of the gradients, as a scalar on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class AveragedWeights:
@@ -68,10 +82,11 @@ class AveragedWeights:
         self.average = [p.detach().clone() for p in model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: VideoMAE) -> None:
-        """Move the average towards the model's weights."""
+    def update(self, model: VideoMAE, skipped: Tensor) -> None:
+        """Move the average towards the model's weights; not where ``skipped``, a scalar, is 1."""
         weights = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(self.average, weights, 1 - self.decay)
+        share = (1 - self.decay) * (1 - skipped)
+        torch._foreach_lerp_(self.average, weights, [share.to(w.dtype) for w in weights])
 
     @torch.no_grad()
     def swap(self, model: VideoMAE) -> None:

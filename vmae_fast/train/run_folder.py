@@ -24,7 +24,7 @@ from vmae_fast._files import atomic_file, atomic_folder, write_errors
 from vmae_fast.models import CheckpointError, VideoMAE
 
 from .config import ConfigError
-from .optimizer import AveragedWeights
+from .optimizer import AveragedWeights, optimizer_state
 
 # trainer.pt says with which layout it was written.
 _STATE_VERSION = 1
@@ -135,7 +135,7 @@ class RunFolder:
             state = {
                 "version": _STATE_VERSION,
                 "step": step,
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer_state(optimizer),
                 **extra,
             }
             with write_errors(folder / "trainer.pt"):

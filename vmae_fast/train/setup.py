@@ -15,8 +15,9 @@ from vmae_fast.models import CheckpointError, VideoMAE
 
 from .config import ConfigError, PretrainConfig, Schedule
 from .distributed import Ranks
+from .graph import choose_capture
 from .inputs import BadFiles, Inputs, RunError
-from .optimizer import AveragedWeights, make_optimizer
+from .optimizer import AveragedWeights, load_optimizer_state, make_optimizer
 from .run_folder import RunFolder
 
 
@@ -37,6 +38,8 @@ class Setup:
         resumed = RunFolder(path).latest() if config.run.resume else None
         torch.manual_seed(config.run.seed)
         self.model = config.model.build(resumed or config.run.init).to(ranks.device)
+        self._configure(self.model)
+        self.capture = choose_capture(config.run.cuda_graph, self.model, ranks)
         self.inputs = Inputs(config, self.model.config, ranks)
         self.schedule = Schedule.of(config, len(self.inputs.train), ranks.world_size)
         # The folder is taken only once nothing else can be wrong with the settings.
@@ -59,11 +62,17 @@ class Setup:
             self.folder.write("config.toml", config.to_toml())
             self.folder.write("resolved.json", json.dumps(self._resolved(), indent=2) + "\n")
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Context of the forward pass."""
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None where it is off."""
         precision, device = self.config.run.precision, self.ranks.device.type
         enabled = precision == "bf16" or (precision == "auto" and device == "cuda")
-        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+        return torch.bfloat16 if enabled else None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context of the forward pass."""
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=enabled)
 
     def save(self, step: int, path: Path | None = None) -> None:
         """Write the checkpoint of ``step`` steps done, to the run's checkpoints or to ``path``.
@@ -85,7 +94,9 @@ class Setup:
             ) from error
 
     def describe(self) -> str:
-        """A line or two for the start of the log."""
+        """Some lines for the start of the log."""
+        from .memory import memory_report
+
         model, schedule = self.model.config, self.schedule
         parameters = sum(p.numel() for p in self.model.parameters())
         t, h, w = model.grid
@@ -98,6 +109,11 @@ class Setup:
             f"({self.ranks.world_size} x {schedule.accumulate} x {schedule.micro_batch}), "
             f"lr {schedule.lr:.3g}, on {self.ranks.device}, in {self.folder.path}",
         ]
+        lines.append(
+            memory_report(
+                self.model, schedule.micro_batch, self.autocast_dtype, self.average is not None
+            )
+        )
         if self.start_step:
             lines.append(f"going on after step {self.start_step}")
         return "\n".join(lines)
@@ -110,6 +126,17 @@ class Setup:
         first = self.ranks.gather(name)[0]
         return Path("runs") / str(first)
 
+    def _configure(self, model: VideoMAE) -> None:
+        run = self.config.run
+        if run.residual == "bf16" and self.autocast_dtype is None:
+            raise ConfigError(
+                f"--residual bf16 goes with --precision bf16; {run.precision} computes in fp32 on "
+                f"{self.ranks.device}"
+            )
+        trained: Any = model
+        trained.residual_dtype = torch.bfloat16 if run.residual == "bf16" else None
+        trained.checkpointing = run.checkpointing
+
     def _resume(self, checkpoint: Path) -> None:
         state = self.folder.load_state(checkpoint)
         if state["files"] != self.inputs.fingerprint:
@@ -119,7 +146,7 @@ class Setup:
             )
         if state["seed"] != self.config.run.seed:
             raise ConfigError(f"{checkpoint} was trained with seed {state['seed']}")
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.start_step = state["step"]
         if self.start_step > self.schedule.total_steps:
             raise ConfigError(
