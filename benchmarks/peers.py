@@ -1,19 +1,21 @@
-"""One training step of ours and of Hugging Face's VideoMAE, on the same weights and clips.
+"""One training step of ours, of the plain model and of Hugging Face's VideoMAE, on the same clips.
 
 Run as a script it prints the peak memory of a step in a process of its own:
 
-    python benchmarks/peers.py {ours,huggingface} {fp32,bf16}
+    python benchmarks/peers.py {ours,plain,huggingface} {fp32,bf16}
 """
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from plain_videomae import PlainVideoMAE
 from timing import peak_memory_bytes
 
-from vmae_fast import Mask, Masking, VideoMAE
+from vmae_fast import VideoMAE
 
 CLIPS = 2
 
@@ -24,37 +26,40 @@ PEERS = {
     "huggingface": ("sdpa", False),
     "huggingface_compiled": ("sdpa", True),
 }
+# Its names of our settings.
+_THEIRS = {
+    "frames": "num_frames",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "decoder_width": "decoder_hidden_size",
+    "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_heads": "decoder_num_attention_heads",
+    "decoder_mlp_dim": "decoder_intermediate_size",
+}
 
 
 def step_of(
-    contender: str, precision: str, *, device: str = "cpu", clips: int = CLIPS, **size: int
+    contender: str, precision: str, *, device: str = "cpu", clips: int = CLIPS, **settings: Any
 ) -> Callable[[], None]:
     """Forward and backward of the base model on some clips, V1 masks; gradients are dropped.
 
     All read the same normalised float video, the only kind Hugging Face's takes.
 
     Args:
-        contender: "ours" or one of PEERS.
+        contender: "ours", "plain" (attention by SDPA) or one of PEERS.
         precision: "fp32", or "bf16" for autocast.
         device: where.
         clips: how many.
-        size: ``depth`` and ``decoder_depth`` where they are not base's.
+        **settings: of the model where they are not base's.
     """
-    torch.manual_seed(0)
-    video = torch.randn(clips, 3, 16, 224, 224, device=device)
-    mask = Masking((8, 14, 14))(torch.arange(clips, device=device))
-    if contender == "ours":
-        model: torch.nn.Module = VideoMAE("base", **size).to(device)
-        inputs: dict[str, torch.Tensor | Mask] = {"video": video, "mask": mask}
-    else:
-        model = _huggingface(*PEERS[contender], **size).to(device)
-        pixels = video.transpose(1, 2).contiguous()
-        inputs = {"pixel_values": pixels, "bool_masked_pos": mask.to_bool()}
-        del video, mask
-    kind = torch.device(device).type
+    model, inputs = made(contender, device, clips, **settings)
 
     def step() -> None:
-        with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             loss = model(**inputs).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -62,19 +67,89 @@ def step_of(
     return step
 
 
-def _huggingface(attention: str, compiled: bool, **size: int) -> torch.nn.Module:
+def training_step_of(
+    contender: str, precision: str, *, device: str, clips: int, **settings: Any
+) -> Callable[[], None]:
+    """As :func:`step_of`, and torch's fused AdamW."""
+    model, inputs = made(contender, device, clips, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Context of a forward pass."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def made(
+    contender: str, device: str, clips: int, **settings: Any
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A contender's model, and what it is called with."""
+    # Shapes and masks alone: a model of ours beside Hugging Face's would count as its memory.
+    with torch.device("meta"):
+        double = VideoMAE("base", **settings)
+    config = double.config
+    torch.manual_seed(0)
+    shape = (clips, config.in_channels, config.frames, *config.size)
+    video = torch.randn(shape, device=device)
+    mask = double.masking(torch.arange(clips, device=device))
+    if contender in PEERS:
+        model = _huggingface(*PEERS[contender], **settings).to(device)
+        pixels = video.transpose(1, 2).contiguous()
+        return model, {"pixel_values": pixels, "bool_masked_pos": mask.to_bool()}
+    ours = VideoMAE("base", **settings).to(device)
+    model = PlainVideoMAE(ours, sdpa=True) if contender == "plain" else ours
+    return model, {"video": video, "mask": mask}
+
+
+def _huggingface(attention: str, compiled: bool, **settings: Any) -> torch.nn.Module:
     import transformers
 
-    names = {"depth": "num_hidden_layers", "decoder_depth": "decoder_num_hidden_layers"}
     config = transformers.VideoMAEConfig(
         use_mean_pooling=False,
         attn_implementation=attention,
-        **{names[name]: value for name, value in size.items()},
+        **{_THEIRS[name]: value for name, value in settings.items()},
     )
     model = transformers.VideoMAEForPreTraining(config)
     if compiled:
         model.compile()
     return model
+
+
+def saved_bytes(contender: str, precision: str, *, clips: int = CLIPS, **settings: Any) -> int:
+    """Bytes that the forward pass keeps for the backward pass, on the CPU.
+
+    Each memory counts once and whole, whatever part of it is kept; parameters and inputs do not
+    count, copies of parameters in autocast's dtype do.
+    """
+    model, inputs = made(contender, "cpu", clips, **settings)
+    mask = inputs["mask"]
+    given = [*model.parameters(), *model.buffers()]
+    given += [inputs["video"], mask.visible_idx, mask.decode_idx]
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+    # Holding them keeps their addresses from being given to another tensor.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with autocast("cpu", precision):
+            loss = model(**inputs).loss
+        size = sum(storage.nbytes() for storage in kept.values())
+        del loss
+    return size
 
 
 def peak_memory_mib(contender: str, precision: str) -> dict[str, float]:

@@ -108,20 +108,18 @@ def add_layer_norm(
 
 def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
-    width = x.shape[-1]
-    for name, vector in (("weight", weight), ("bias", bias)):
-        check(
-            vector.dim() == 1 and vector.shape[0] == width,
-            lambda name=name, vector=vector: (
-                f"{name} must be (D,) = ({width},), got shape {tuple(vector.shape)}"
-            ),
-        )
-        check(
-            vector.is_floating_point(),
-            lambda name=name, vector=vector: f"{name} must be floating point, got {vector.dtype}",
-        )
+    _check_vector("weight", weight, x.shape[-1])
+    _check_vector("bias", bias, x.shape[-1])
     check(eps > 0, lambda: f"eps must be positive, got {eps}")
     check_same_device("x", x, weight=weight, bias=bias)
+
+
+def _check_vector(name: str, vector: Tensor, width: int) -> None:
+    check(
+        vector.dim() == 1 and vector.shape[0] == width,
+        lambda: f"{name} must be (D,) = ({width},), got shape {tuple(vector.shape)}",
+    )
+    check(vector.is_floating_point(), lambda: f"{name} must be floating point, got {vector.dtype}")
 
 
 def _check_scale(scale: Tensor, batch: int) -> None:
@@ -239,9 +237,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _grad(ctx: Any, grad_residual: Tensor | None, grad_y: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward(ctx.name)
     residual, scale, weight, bias = ctx.saved_tensors
-    if grad_y is None and grad_residual is None:
-        return (None,) * 7
     if grad_y is None:
+        if grad_residual is None:
+            return (None,) * 7
         # The norm was not used: only the addition is left.
         return *_grad_of_addition(ctx, grad_residual, scale), *(None,) * 5
     x, branch, grad_weight, grad_bias = _add_layer_norm_backward(

@@ -1,0 +1,201 @@
+"""The benchmarks of whole steps, at toy sizes: contenders, counts, rows, targets, pictures."""
+
+import dataclasses
+import json
+
+import peers
+import pytest
+import report
+import rows
+import step_cases
+import test_step_gpu as steps
+import torch
+from plain_videomae import PlainOutput
+from step_cases import CASES, LAUNCHES, StepCase, contender, macs_per_clip
+from targets import STEP_TARGETS
+from timing import Timing
+
+from vmae_fast import VideoMAE, VideoMAEConfig
+
+CPU = torch.device("cpu")
+TOY = {
+    "frames": 4, "image_size": 32, "patch_size": 8,
+    "width": 32, "depth": 2, "heads": 2, "mlp_dim": 48,
+    "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_mlp_dim": 40,
+}  # fmt: skip
+
+
+class Replayed:
+    """A stand-in for CUDA graphs: what is recorded runs again, after what prepares it."""
+
+    def __init__(self, device):
+        self.recorded = 0
+
+    def __call__(self, function, prepare=lambda: None):
+        self.recorded += 1
+
+        def replay():
+            prepare()
+            function()
+
+        return replay
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Compiling takes a minute here and is tested on a GPU."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), model)[1])
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("size", "decoder_ratio", "published"),
+    [
+        ("base", 0.0, 35.48),
+        ("base", 0.5, 25.87),
+        ("base", 0.75, 21.06),
+        ("giant", 0.0, 263.93),
+        ("giant", 0.5, 241.61),
+    ],
+)
+def test_macs_are_the_published_ones(size, decoder_ratio, published):
+    config = VideoMAEConfig.of(size, decoder_mask_ratio=decoder_ratio)
+    assert macs_per_clip(config) / 1e9 == pytest.approx(published, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "huggingface_eager", "huggingface"])
+def test_contenders_compute_the_same_loss(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours, inputs = peers.made("ours", "cpu", 2, **TOY)
+    theirs, their_inputs = peers.made(name, "cpu", 2, **TOY)
+    with torch.no_grad():
+        if name == "plain":
+            theirs.held.load_state_dict(ours.state_dict())
+        else:
+            ours.save_pretrained(tmp_path, dialect="huggingface")
+            built, attention = theirs, peers.PEERS[name][0]
+            theirs = transformers.VideoMAEForPreTraining.from_pretrained(
+                tmp_path, attn_implementation=attention
+            )
+            shapes = ({n: p.shape for n, p in m.named_parameters()} for m in (built, theirs))
+            assert next(shapes) == next(shapes)
+            assert built.config._attn_implementation == attention
+        loss, their_loss = ours(**inputs).loss, theirs(**their_inputs).loss
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_less_is_kept_for_the_backward_pass_than_in_the_plain_model(precision):
+    ours, plain = (peers.saved_bytes(name, precision, clips=2, **TOY) for name in ("ours", "plain"))
+    assert 0 < ours < plain
+
+
+def test_what_is_kept_counts_once_and_without_parameters(monkeypatch):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(5, 7))
+
+        def forward(self, video, mask):
+            # Kept: the video and the weight, which do not count, and x, three times.
+            x = video * self.weight
+            return PlainOutput(x.square().sum() + x.square().sum() + x[:2].sin().sum())
+
+    inputs = {"video": torch.ones(5, 7), "mask": VideoMAE("tiny").masking(torch.arange(1))}
+    monkeypatch.setattr(peers, "made", lambda *_: (Model(), inputs))
+    assert peers.saved_bytes("ours", "fp32", clips=1) == 5 * 7 * 4
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("residual", step_cases.RESIDUALS)
+def test_a_step_trains(launch, residual, uncompiled):
+    case = StepCase("toy", "tiny", 3, settings=TOY)
+    captures = []
+
+    def capture(device):
+        captures.append(Replayed(device))
+        return captures[-1]
+
+    models = []
+    original = VideoMAE.__init__
+
+    def noting(model, *given, **more):
+        models.append(model)
+        original(model, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoMAE, "__init__", noting)
+        step = step_cases.training_step(case, launch, residual, 3, CPU, capture)
+    (model,) = models
+    assert model.residual_dtype == step_cases.RESIDUALS[residual]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = [step()[0].item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+    assert [c.recorded for c in captures] == ([2] if launch == "graph" else [])
+    assert bool(uncompiled) == (launch == "compiled")
+
+
+def test_every_case_gives_rows_that_its_targets_can_judge(tmp_path, monkeypatch, uncompiled):
+    """All cases as tiny ones; a GPU's memory and ceiling put in."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(rows, "device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(steps, "CPU_ROUNDS", 1)
+    monkeypatch.setattr(steps, "ceilings", lambda _: {"matmul_tflop_per_s": 790.0})
+    bytes_of, measured_held = iter(range(2**30, 2**40, 2**28)), steps.held
+    monkeypatch.setattr(
+        steps, "held", lambda make, device: (measured_held(make, device)[0], next(bytes_of))
+    )
+    judged = {}
+    environment = {"date": "2026-01-02", "commit": "abc", "torch": "2", "device": "NVIDIA H200"}
+    for case in CASES:
+        # Large ones stay "large", so that they are not timed beside each other.
+        size = "tiny" if case.size == "base" else case.size
+        small = dataclasses.replace(case, size=size, clips=2, settings=TOY | case.settings)
+        figures = steps.measure(small, CPU, Replayed)
+        assert len(figures["rows"]) == 2 * len(case.launches)
+        for row in figures["rows"]:
+            judged[row["op"], row["direction"]] = row
+        file = tmp_path / "nvidia-h200" / f"{case.name.replace(' ', '_')}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"environment": environment, **figures}))
+    for key, targets in STEP_TARGETS.items():
+        assert [type(one["met"]) for one in judged[key]["targets"]] == [bool] * len(targets)
+    base = judged["step base v1", contender("graph", "fp32")]
+    assert set(base["peers"]) == {"launched", "compiled", *peers.PEERS}
+    assert base["speedup"]["launched"] == pytest.approx(
+        base["peers"]["launched"]["time_ms"] / base["time_ms"], rel=2e-3
+    )
+    page = report.render(tmp_path)
+    assert "| step base v1 | graph, bf16 residual | 2 |" in page
+    assert page.count("clips_per_s >= 1900") == 2
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    tried = []
+
+    def run(case, clips, device, capture):
+        tried.append(clips)
+        if clips > 3:
+            raise torch.OutOfMemoryError("no room")
+        one = (Timing(10.0, "events"), 2**30)
+        return {contender("launched", residual): one for residual in step_cases.RESIDUALS}
+
+    monkeypatch.setattr(steps, "run", run)
+    case = StepCase("toy", "tiny", 12, ("launched",))
+    figures = steps.measure(case, CPU, Replayed)
+    assert tried == [12, 6, 3]
+    (row, _) = figures["rows"]
+    assert (row["clips"], row["clips_per_s"]) == (3, 300)
+    assert row["flops"] == pytest.approx(6 * 3 * macs_per_clip(case.config), rel=1e-3)
+
+
+def test_a_timeline_lists_what_takes_longest_first(monkeypatch):
+    monkeypatch.setattr(steps, "MOST_KERNELS", 5)
+    figures = steps.timeline(StepCase("toy", "tiny", 2, settings=TOY), CPU)
+    *kernels, others = figures["kernels"]
+    assert len(kernels) == 5
+    assert [k["ms"] for k in kernels] == sorted((k["ms"] for k in kernels), reverse=True)
+    assert others["name"] == "all others"
+    assert sum(k["percent"] for k in figures["kernels"]) == pytest.approx(100, abs=0.1)
