@@ -21,8 +21,9 @@ _ROWS = Row({"BLOCK_R": 8, "BLOCK_I": 128}, num_warps=4, num_stages=1)
 # bias's gradient are a hundredth of what is moved. Not yet measured.
 _SPAN = 64
 
-# Values worked on at a time on a CPU: what one pass writes is still in the cache for the next.
-_CHUNK_VALUES = 1 << 18
+# Values worked on at a time on a CPU: bounds what is in fp32 beside 16-bit tensors. Smaller chunks,
+# which a cache would hold, took 1.1 to 2.5 times as long: threads start anew for each.
+_CHUNK_VALUES = 1 << 23
 
 
 def bias_gelu_reference(x_RI: Tensor, bias_I: Tensor | None) -> Tensor:
@@ -30,14 +31,17 @@ def bias_gelu_reference(x_RI: Tensor, bias_I: Tensor | None) -> Tensor:
 
     Computed in fp32 at least, with one rounding at the end.
     """
+    if bias_I is None:
+        # PyTorch's own takes 16-bit values to fp32 and rounds once.
+        return torch.nn.functional.gelu(x_RI.contiguous())
     y_RI = torch.empty_like(x_RI, memory_format=torch.contiguous_format)
     for part in _chunks(x_RI):
-        y_RI[part] = torch.nn.functional.gelu(_with_bias(x_RI[part], bias_I))
+        _gelu_into(y_RI[part], _with_bias(x_RI[part], bias_I))
     return y_RI
 
 
 def bias_gelu_backward_reference(
-    grad_RI: Tensor, x_RI: Tensor, bias_I: Tensor | None, keep: bool
+    grad_RI: Tensor, x_RI: Tensor, bias_I: Tensor | None, keep: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients from the input alone.
 
@@ -46,30 +50,44 @@ def bias_gelu_backward_reference(
         x_RI: as in the forward pass.
         bias_I: as in the forward pass.
         keep: also compute the forward result again.
+        overwrite: the gradient of x may take the place of grad, which nobody else reads.
 
     Returns:
         Gradient of x in x's dtype; of the bias, fp32 (fp64 for fp64), None without one; the
         forward result, None if not asked for.
     """
+    if bias_I is None:
+        x_RI, grad_RI = x_RI.contiguous(), grad_RI.to(x_RI.dtype).contiguous()
+        if overwrite:
+            grad_x_RI = torch.ops.aten.gelu_backward.grad_input(grad_RI, x_RI, grad_input=grad_RI)
+        else:
+            grad_x_RI = torch.ops.aten.gelu_backward(grad_RI, x_RI)
+        return grad_x_RI, None, torch.nn.functional.gelu(x_RI) if keep else None
     wide = torch.promote_types(x_RI.dtype, torch.float32)
     grad_x_RI = torch.empty_like(x_RI, memory_format=torch.contiguous_format)
-    grad_bias_I = None if bias_I is None else x_RI.new_zeros(x_RI.shape[1], dtype=wide)
+    grad_bias_I = x_RI.new_zeros(x_RI.shape[1], dtype=wide)
     y_RI = torch.empty_like(grad_x_RI) if keep else None
     for part in _chunks(x_RI):
         z_RI = _with_bias(x_RI[part], bias_I)
         through_RI = torch.ops.aten.gelu_backward(grad_RI[part].to(wide), z_RI)
         grad_x_RI[part] = through_RI
-        if grad_bias_I is not None:
-            grad_bias_I += through_RI.sum(0)
+        grad_bias_I += through_RI.sum(0)
         if y_RI is not None:
-            y_RI[part] = torch.nn.functional.gelu(z_RI)
+            _gelu_into(y_RI[part], z_RI)
     return grad_x_RI, grad_bias_I, y_RI
 
 
-def _with_bias(x_RI: Tensor, bias_I: Tensor | None) -> Tensor:
+def _gelu_into(y_RI: Tensor, z_RI: Tensor) -> None:
+    if y_RI.dtype == z_RI.dtype:
+        torch.ops.aten.gelu.out(z_RI, out=y_RI)
+    else:
+        y_RI.copy_(torch.nn.functional.gelu(z_RI))
+
+
+def _with_bias(x_RI: Tensor, bias_I: Tensor) -> Tensor:
     """``x + bias`` in fp32 at least."""
     x_RI = x_RI.to(torch.promote_types(x_RI.dtype, torch.float32))
-    return x_RI if bias_I is None else x_RI + bias_I.to(x_RI.dtype)
+    return x_RI + bias_I.to(x_RI.dtype)
 
 
 def _chunks(x_RI: Tensor) -> list[slice]:
@@ -166,7 +184,7 @@ def bias_gelu_triton(x_RI: Tensor, bias_I: Tensor | None) -> Tensor:
 
 
 def bias_gelu_backward_triton(
-    grad_RI: Tensor, x_RI: Tensor, bias_I: Tensor | None, keep: bool
+    grad_RI: Tensor, x_RI: Tensor, bias_I: Tensor | None, keep: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As :func:`bias_gelu_backward_reference`, in one pass.
 
@@ -175,7 +193,8 @@ def bias_gelu_backward_triton(
     grad_RI, x_RI = dense_rows(grad_RI), dense_rows(x_RI)
     rows, width = x_RI.shape
     spans = cdiv(rows, _SPAN)
-    grad_x_RI = x_RI.new_empty(rows, width)
+    in_place = overwrite and grad_RI.dtype == x_RI.dtype and grad_RI.is_contiguous()
+    grad_x_RI = grad_RI if in_place else x_RI.new_empty(rows, width)
     partial = None if bias_I is None else x_RI.new_empty(spans, width, dtype=torch.float32)
     y_RI = torch.empty_like(grad_x_RI) if keep else None
     _launch.launch(

@@ -45,8 +45,7 @@ def bias_gelu_linear_backward(
     """Gradients of :func:`bias_gelu_linear`."""
     grad_y = linear_reference(grad_RO, weight_OI.t(), None)
     run = gelu.bias_gelu_backward_triton if triton else gelu.bias_gelu_backward_reference
-    grad_x, grad_gelu_bias, y = run(grad_y, x_RI, gelu_bias_I, need_weight)
-    del grad_y
+    grad_x, grad_gelu_bias, y = run(grad_y, x_RI, gelu_bias_I, need_weight, overwrite=True)
     weight = None if y is None else rounded_weight_gradient(grad_RO, y)
     add_up = column_sum_triton if triton else column_sum_reference
     return GeluLinearGradients(grad_x, grad_gelu_bias, weight, add_up(grad_RO.unsqueeze(0)))

@@ -56,6 +56,13 @@ def assert_same(got, expected, rtol=EXACT_RTOL):
             assert relative_error(got[name], truth) <= rtol, name
 
 
+@pytest.fixture(params=[True, False], ids=["bias_with_gelu", "bias_in_product"])
+def bias_with_gelu(request, monkeypatch):
+    """As on a GPU, and as on a CPU."""
+    monkeypatch.setattr(MLP, "_bias_with_gelu", request.param)
+    return request.param
+
+
 # ---- what is kept ---------------------------------------------------------------------------
 
 
@@ -104,6 +111,7 @@ def kept_a_token(block, stream_dtype):
 # Widths of the residual stream (what came in, and after attention), and in the dtype of products
 # qkv, attention's output and what goes into GELU; 4 bytes a head for the log-sum-exp.
 @pytest.mark.parametrize("settings", [{}, {"init_values": 0.1, "drop_path": 0.5}], ids=str)
+@pytest.mark.usefixtures("bias_with_gelu")
 def test_ten_widths_are_kept(settings):
     block = block_of(torch.float32, **settings)
     lse = 4 * HEADS
@@ -291,16 +299,20 @@ def test_shared_tokens_are_the_tokens_written_out(num_queries):
 
 
 @pytest.mark.parametrize("hidden", [17, 22, 24])
-def test_an_inner_width_is_padded_inside_only(hidden, monkeypatch):
+def test_an_inner_width_is_padded_inside_only(hidden, bias_with_gelu, monkeypatch):
     mlp = MLP(12, hidden).double()
     randomise(mlp)
     assert mlp.fc1.weight.shape == (hidden, 12)
     assert mlp.fc2.weight.shape == (12, hidden)
     widths = []
     real = ops.bias_gelu_linear
-    monkeypatch.setattr(
-        ops, "bias_gelu_linear", lambda x, *rest: widths.append(x.shape[-1]) or real(x, *rest)
-    )
+
+    def noting(x, gelu_bias, *rest):
+        assert (gelu_bias is not None) == bias_with_gelu
+        widths.append(x.shape[-1])
+        return real(x, gelu_bias, *rest)
+
+    monkeypatch.setattr(ops, "bias_gelu_linear", noting)
     x = normal(2, 5, 12).requires_grad_()
     got = mlp(x)
     assert widths == [24]
@@ -311,6 +323,14 @@ def test_an_inner_width_is_padded_inside_only(hidden, monkeypatch):
     for one, truth in zip([got, *grads], [expected, *truths], strict=True):
         assert one.shape == truth.shape
         assert relative_error(one, truth) < EXACT_RTOL
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_values": 0.1, "hidden": 17}], ids=str)
+def test_the_bias_may_be_added_with_gelu(settings, monkeypatch):
+    block, x = block_of(**settings), normal(2, 9, WIDTH)
+    expected = gradients(block, x)
+    monkeypatch.setattr(MLP, "_bias_with_gelu", True)
+    assert_same(gradients(block, x), expected)
 
 
 def test_a_padded_block():

@@ -1,9 +1,9 @@
 """Pre-norm transformer blocks: joint attention, and divided into time and space.
 
 Each runs norms, residual additions and GELU in one pass with what stands beside them. The joint
-block keeps 10 widths a token for the backward pass: 2 in the residual stream's dtype (what comes in,
-and after attention), 8 in that of products (packed qkv, attention's output, what goes into GELU),
-and 4 bytes a head of log-sum-exp. Norms and GELU are computed again.
+block keeps 10 widths a token for the backward pass: 2 in the residual stream's dtype (what comes
+in, and after attention), 8 in that of products (packed qkv, attention's output, what goes into
+GELU), and 4 bytes a head of log-sum-exp. Norms and GELU are computed again.
 """
 
 from __future__ import annotations
@@ -99,29 +99,44 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., D)``."""
         if as_built(self.fc1, self.fc2):
-            return self.outer(ops.linear(x, self.inner_weight()))
+            return self.outer(ops.linear(x, *self.inner()))
         return self.fc2(ops.bias_gelu(self.fc1(x)))
 
-    def inner_weight(self) -> Tensor:
-        """fc1's weight ``(hidden, D)``, padded; its bias is added along with GELU."""
-        return F.pad(self.fc1.weight, (0, 0, 0, self._padding()))
+    def inner(self) -> tuple[Tensor, Tensor | None]:
+        """fc1's weight ``(hidden, D)`` and the bias that its product adds, padded."""
+        weight = self._padded(self.fc1.weight, (0, 0))
+        return weight, None if self._bias_with_gelu else self._bias()
 
     def outer(self, inner: Tensor, gamma: Tensor | None = None) -> Tensor:
-        """From ``(..., hidden)``, what fc1's weight gave, to ``(..., D)``.
+        """From ``(..., hidden)``, what :meth:`inner`'s product gave, to ``(..., D)``.
 
         Args:
-            inner: padded as :meth:`inner_weight` is.
+            inner: padded as the weight is.
             gamma: layer scale ``(D,)`` of the result, or None.
         """
-        bias: Tensor | None = self.fc1.bias
-        weight, outer_bias = _scaled(self.fc2, gamma)
-        if padding := self._padding():
-            bias = None if bias is None else F.pad(bias, (0, padding))
-            weight = F.pad(weight, (0, padding))
-        return ops.bias_gelu_linear(inner, bias, weight, outer_bias)
+        weight, bias = _scaled(self.fc2, gamma)
+        weight = self._padded(weight)
+        return ops.bias_gelu_linear(
+            inner, self._bias() if self._bias_with_gelu else None, weight, bias
+        )
 
-    def _padding(self) -> int:
-        return -self.fc1.out_features % _ALIGNMENT
+    @property
+    def _bias_with_gelu(self) -> bool:
+        """Whether fc1's bias is added in GELU's pass rather than in the product.
+
+        On a GPU: the backward pass then sums up the bias's gradient on the way. A CPU's products
+        add it for nothing.
+        """
+        return self.fc1.weight.is_cuda
+
+    def _bias(self) -> Tensor | None:
+        bias: Tensor | None = self.fc1.bias
+        return None if bias is None else self._padded(bias)
+
+    def _padded(self, tensor: Tensor, after: tuple[int, ...] = ()) -> Tensor:
+        """With zeros behind the inner width, which the dimensions that ``after`` pads follow."""
+        padding = -self.fc1.out_features % _ALIGNMENT
+        return F.pad(tensor, (*after, 0, padding)) if padding else tensor
 
 
 def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +160,7 @@ def _mlp_branch(
     stream: Residual, norm: LayerNorm, mlp: MLP, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The stream with its addition made, and the branch ``mlp(norm(...))`` of it."""
-    given = (norm.weight, norm.bias, norm.eps, mlp.inner_weight())
+    given = (norm.weight, norm.bias, norm.eps, *mlp.inner())
     assert stream.branch is not None
     x, inner = ops.add_layer_norm_linear(stream.x, stream.branch, *given, branch_scale=stream.scale)
     return x, mlp.outer(inner, gamma)

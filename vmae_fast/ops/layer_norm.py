@@ -43,7 +43,7 @@ def layer_norm(
         x.dim() >= 1 and x.shape[-1] > 0,
         lambda: f"x must be (..., D) with D of at least 1, got shape {tuple(x.shape)}",
     )
-    _check_norm(x, weight, bias, eps)
+    check_norm(x, weight, bias, eps)
     # One clip: without a scale nothing hangs on which.
     x_BND = x if x.dim() == 3 else x.reshape(-1, x.shape[-1]).unsqueeze(0)
     dtype = compute_dtype(x) if for_product else x.dtype
@@ -90,7 +90,7 @@ def add_layer_norm(
         x.dim() >= 2 and x.shape[-1] > 0,
         lambda: f"x must be (B, ..., D) with D of at least 1, got shape {tuple(x.shape)}",
     )
-    _check_norm(x, weight, bias, eps)
+    check_norm(x, weight, bias, eps)
     check(
         branch.shape == x.shape,
         lambda: f"branch must be of x's shape {tuple(x.shape)}, got {tuple(branch.shape)}",
@@ -98,7 +98,7 @@ def add_layer_norm(
     check(branch.is_floating_point(), lambda: f"branch must be floating point, got {branch.dtype}")
     check_same_device("x", x, branch=branch, branch_scale=branch_scale)
     if branch_scale is not None:
-        _check_scale(branch_scale, x.shape[0])
+        check_scale(branch_scale, x.shape[0])
         branch_scale = branch_scale.detach()
     x_BND, branch_BND = _by_clips(x), _by_clips(branch)
     dtype = compute_dtype(x) if for_product else x.dtype
@@ -106,7 +106,7 @@ def add_layer_norm(
     return (residual, y) if x.dim() == 3 else (residual.view(x.shape), y.view(x.shape))
 
 
-def _check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
     _check_vector("weight", weight, x.shape[-1])
     _check_vector("bias", bias, x.shape[-1])
@@ -122,7 +122,7 @@ def _check_vector(name: str, vector: Tensor, width: int) -> None:
     check(vector.is_floating_point(), lambda: f"{name} must be floating point, got {vector.dtype}")
 
 
-def _check_scale(scale: Tensor, batch: int) -> None:
+def check_scale(scale: Tensor, batch: int) -> None:
     check(
         scale.dim() == 1 and scale.shape[0] == batch,
         lambda: f"branch_scale must be (B,) = ({batch},), got shape {tuple(scale.shape)}",

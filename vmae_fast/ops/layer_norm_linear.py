@@ -14,7 +14,7 @@ from vmae_fast.kernels.layer_norm_linear import Norm, Tail
 from ._backend import use_triton
 from ._checks import check, check_same_device
 from ._library import compute_dtype, once_differentiable, refuse_double_backward, register
-from .layer_norm import _check_norm, _check_scale
+from .layer_norm import check_norm, check_scale
 
 
 def layer_norm_linear(
@@ -136,7 +136,7 @@ def _run(
     tail: Tail | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check(x.dim() == 3, lambda: f"x must be (B, N, D), got shape {tuple(x.shape)}")
-    _check_norm(x, norm_weight, norm_bias, eps)
+    check_norm(x, norm_weight, norm_bias, eps)
     if branch is not None:
         shape = branch.shape
         check(
@@ -144,7 +144,7 @@ def _run(
             lambda: f"branch must be of x's shape {tuple(x.shape)}, got {tuple(shape)}",
         )
     if branch_scale is not None:
-        _check_scale(branch_scale, x.shape[0])
+        check_scale(branch_scale, x.shape[0])
         branch_scale = branch_scale.detach()
     check(
         weight.dim() == 2 and weight.shape[1] == x.shape[2],
