@@ -29,6 +29,7 @@ def environment() -> dict[str, str | int]:
 def machine() -> dict[str, str | int]:
     """Versions and device as they were at the first call, before result files change the tree.
 
+    ``vector_units`` are the processor's widest that torch uses (AVX2, AVX512, ...).
     ``compute_capability``, ``driver`` and ``cuda`` are there with a GPU only; ``triton``,
     ``transformers`` and ``nvcc`` where installed.
     """
@@ -43,6 +44,7 @@ def machine() -> dict[str, str | int]:
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
     found |= {"device": device_name(), "threads": torch.get_num_threads()}
+    found["vector_units"] = torch.backends.cpu.get_cpu_capability()
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

@@ -169,7 +169,7 @@ def _origin(figures: Figures) -> str:
 
 
 def _versions(environment: Figures) -> str:
-    names = ("torch", "triton", "transformers", "driver", "threads")
+    names = ("torch", "triton", "transformers", "driver", "threads", "vector_units")
     known = [f"{name} {environment[name]}" for name in names if name in environment]
     return ", ".join([environment["date"], f"commit {environment['commit']}", *known])
 
