@@ -156,24 +156,36 @@ class Draw:
         return (torch.rand(shape, generator=self.generator) < 0.7).float().to(self.device)
 
 
+Outputs = Tensor | tuple[Tensor, ...]
+
+
 class OpCase:
     """An op on fixed inputs.
 
     Args:
-        function: of those inputs that want gradients.
+        function: of those inputs that want gradients; gives one output or several.
         inputs: they.
     """
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    def __init__(self, function: Callable[..., Outputs], inputs: list[Tensor]) -> None:
         self.function, self.inputs = function, inputs
 
-    def __call__(self, function: Callable[..., Tensor] | None = None) -> list[Tensor]:
-        """Output and gradients, of a random upstream gradient that is the same at every call."""
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Of the function, in a tuple always."""
+        found = self.function(*inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+    def __call__(self, function: Callable[..., tuple[Tensor, ...]] | None = None) -> list[Tensor]:
+        """Outputs and gradients, of random upstream gradients that are the same at every call.
+
+        Args:
+            function: instead of :meth:`outputs`.
+        """
         inputs = [tensor.detach().requires_grad_() for tensor in self.inputs]
-        out = (function or self.function)(*inputs)
+        outs = (function or self.outputs)(*inputs)
         generator = torch.Generator().manual_seed(1)
-        upstream = torch.randn(out.shape, generator=generator).to(out)
-        return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+        upstream = [torch.randn(out.shape, generator=generator).to(out) for out in outs]
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, upstream)]
 
 
 def _gather_tokens(g: Geometry, draw: Draw) -> OpCase:
@@ -277,6 +289,77 @@ def _attention_in_space(g: Geometry, draw: Draw) -> OpCase:
     )
 
 
+EPS = 1e-6
+
+
+def _norm(g: Geometry, draw: Draw, branch: bool) -> list[Tensor]:
+    """Tokens, the branch to be added where one is, and a norm's weight and bias."""
+    tokens = [draw.normal(g.batch, g.num_visible, g.width) for _ in range(1 + branch)]
+    return [*tokens, 1 + draw.normal(g.width, scale=0.1), draw.normal(g.width)]
+
+
+def _clip_scale(g: Geometry, draw: Draw) -> Tensor:
+    """What drop path does to each clip's branch: some get none of it."""
+    return (torch.arange(g.batch, device=draw.device) % 3) / 2
+
+
+def _linear(draw: Draw, width: int, rows: int) -> list[Tensor]:
+    """Weight and bias."""
+    return [draw.normal(rows, width, scale=width**-0.5), draw.normal(rows)]
+
+
+def _layer_norm(g: Geometry, draw: Draw) -> OpCase:
+    return OpCase(ops.layer_norm, _norm(g, draw, False))
+
+
+def _add_layer_norm(g: Geometry, draw: Draw) -> OpCase:
+    scale = _clip_scale(g, draw)
+    return OpCase(
+        lambda *given: ops.add_layer_norm(*given, branch_scale=scale), _norm(g, draw, True)
+    )
+
+
+def _bias_gelu(g: Geometry, draw: Draw) -> OpCase:
+    inner = 4 * g.width
+    return OpCase(ops.bias_gelu, [draw.normal(g.batch, g.num_visible, inner), draw.normal(inner)])
+
+
+def _layer_norm_linear(g: Geometry, draw: Draw) -> OpCase:
+    return OpCase(
+        lambda x, norm_weight, norm_bias, *linear: ops.layer_norm_linear(
+            x, norm_weight, norm_bias, EPS, *linear
+        ),
+        [*_norm(g, draw, False), *_linear(draw, g.width, 3 * g.width)],
+    )
+
+
+def _add_layer_norm_linear(g: Geometry, draw: Draw) -> OpCase:
+    scale = _clip_scale(g, draw)
+    return OpCase(
+        lambda x, branch, norm_weight, norm_bias, *linear: ops.add_layer_norm_linear(
+            x, branch, norm_weight, norm_bias, EPS, *linear, branch_scale=scale
+        ),
+        [*_norm(g, draw, True), *_linear(draw, g.width, 4 * g.width)],
+    )
+
+
+def _add_layer_norm_query_key_value(g: Geometry, draw: Draw) -> OpCase:
+    # Without a scale: the branch's gradient is then the residual's own.
+    queries = g.num_visible // 2 + 1
+    return OpCase(
+        lambda x, branch, norm_weight, norm_bias, *linear: ops.add_layer_norm_query_key_value(
+            x, branch, norm_weight, norm_bias, EPS, *linear, queries
+        ),
+        [*_norm(g, draw, True), *_linear(draw, g.width, 3 * g.width)],
+    )
+
+
+def _bias_gelu_linear(g: Geometry, draw: Draw) -> OpCase:
+    inner = 4 * g.width
+    inputs = [draw.normal(g.batch, g.num_visible, inner), draw.normal(inner)]
+    return OpCase(ops.bias_gelu_linear, [*inputs, *_linear(draw, inner, g.width)])
+
+
 CASES = {
     "gather_tokens": _gather_tokens,
     "decoder_tokens": _decoder_tokens,
@@ -289,6 +372,13 @@ CASES = {
     "cross_attention": _cross_attention,
     "attention_in_time": _attention_in_time,
     "attention_in_space": _attention_in_space,
+    "layer_norm": _layer_norm,
+    "add_layer_norm": _add_layer_norm,
+    "bias_gelu": _bias_gelu,
+    "layer_norm_linear": _layer_norm_linear,
+    "add_layer_norm_linear": _add_layer_norm_linear,
+    "add_layer_norm_query_key_value": _add_layer_norm_query_key_value,
+    "bias_gelu_linear": _bias_gelu_linear,
 }
 # Our own kernels at any length: PyTorch's are not what the tests of all ops are about.
 OWN_ATTENTION = tuple(

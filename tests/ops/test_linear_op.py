@@ -12,7 +12,7 @@ from vmae_fast.kernels import linear as kernel
 @pytest.fixture(params=[True, False], ids=["convolution", "matmul"])
 def way(request, monkeypatch):
     """Force the way; returns a function that tells whether it was taken."""
-    monkeypatch.setattr(kernel, "_mkl_on_amd", lambda: request.param)
+    monkeypatch.setattr(kernel, "_mkl_leaves_units_unused", lambda: request.param)
     taken = []
     conv2d = torch.nn.functional.conv2d
 
@@ -55,7 +55,7 @@ def test_rows_that_are_not_contiguous(way):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes_stay_with_matmul(monkeypatch, dtype):
-    monkeypatch.setattr(kernel, "_mkl_on_amd", lambda: True)
+    monkeypatch.setattr(kernel, "_mkl_leaves_units_unused", lambda: True)
     monkeypatch.setattr(kernel.F, "conv2d", None)
     x, weight = torch.randn(1030, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
     assert ops.linear(x, weight).dtype == dtype
@@ -63,7 +63,7 @@ def test_other_dtypes_stay_with_matmul(monkeypatch, dtype):
 
 
 def test_autocast_computes_in_bf16(monkeypatch):
-    monkeypatch.setattr(kernel, "_mkl_on_amd", lambda: True)
+    monkeypatch.setattr(kernel, "_mkl_leaves_units_unused", lambda: True)
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.linear(torch.randn(1030, 8), torch.randn(4, 8)).dtype == torch.bfloat16
 

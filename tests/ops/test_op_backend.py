@@ -10,7 +10,7 @@ import torch
 from helpers import make_video, random_positions
 
 from vmae_fast import ops
-from vmae_fast.kernels import _launch, masked_mse, token_gather, tubelet_embed
+from vmae_fast.kernels import _launch
 from vmae_fast.ops import _backend
 
 SIZE = (2, 4, 4)
@@ -28,6 +28,8 @@ def calls(dtype):
     pred, head = torch.zeros(2, 4, 96, dtype=dtype), torch.zeros(96, 6, dtype=dtype)
     # One head of width 32; pred is q, k and v of it as well.
     q, kv = pred[..., :32], pred[..., 32:]
+    # A norm's weight and bias, and a linear layer's weight.
+    norm, linear = (x[0, 0], x[0, 0]), torch.zeros(18, 6, dtype=dtype)
     return {
         "gather_tokens": lambda: ops.gather_tokens(x, IDX),
         "decoder_tokens": lambda: ops.decoder_tokens(x[:, :4], x[0, 0], x[0], IDX, IDX),
@@ -38,6 +40,16 @@ def calls(dtype):
         "attention": lambda: ops.attention(pred, 1),
         "cross_attention": lambda: ops.cross_attention(q, kv, 1),
         "divided_attention": lambda: ops.divided_attention(pred, 1, (2, 2), "time"),
+        "shared_tokens": lambda: ops.shared_tokens(x[:, :4], x[0], IDX),
+        "layer_norm": lambda: ops.layer_norm(x, *norm),
+        "add_layer_norm": lambda: ops.add_layer_norm(x, x, *norm),
+        "bias_gelu": lambda: ops.bias_gelu(x, x[0, 0]),
+        "layer_norm_linear": lambda: ops.layer_norm_linear(x, *norm, 1e-6, linear),
+        "add_layer_norm_linear": lambda: ops.add_layer_norm_linear(x, x, *norm, 1e-6, linear),
+        "add_layer_norm_query_key_value": lambda: ops.add_layer_norm_query_key_value(
+            x, x, *norm, 1e-6, linear, None, 3
+        ),
+        "bias_gelu_linear": lambda: ops.bias_gelu_linear(x, None, linear),
     }
 
 
@@ -63,14 +75,20 @@ def test_triton_takes_some_head_widths_only():
 
 @pytest.mark.parametrize("chosen", ["auto", "reference"])
 def test_a_cpu_runs_the_reference(chosen, monkeypatch):
-    for module in (token_gather, tubelet_embed, masked_mse):
-        monkeypatch.setattr(module._launch, "launch", None)
+    # By which all modules of kernels launch theirs.
+    monkeypatch.setattr(_launch, "launch", None)
     with ops.backend(chosen):
         for call in (*calls(torch.float32).values(), *calls(torch.float64).values()):
             call()
 
 
-NO_CUDA_KERNEL = ["gather_tokens", "decoder_tokens", "tubelet_embed"]
+NO_CUDA_KERNEL = [
+    "gather_tokens",
+    "decoder_tokens",
+    "tubelet_embed",
+    "shared_tokens",
+    *(name for name in calls(torch.float32) if "norm" in name or "gelu" in name),
+]
 
 
 @pytest.mark.parametrize("name", NO_CUDA_KERNEL)
