@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import EXACT_RTOL, random_positions, randomise, relative_error
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from vmae_fast import ops
 from vmae_fast.nn import (
@@ -128,6 +129,31 @@ def test_a_plain_block_keeps_more():
     assert kept_a_token(plain, torch.float32) >= 16 * WIDTH * 4
     assert ratio < 2 / 3
     assert kept_a_token(ours, torch.float32) < 2 / 3 * kept_a_token(plain, torch.float32)
+
+
+def allocated_a_token(block):
+    """Bytes a token that a forward pass takes and does not give back, its results among them."""
+
+    def allocated(num_tokens):
+        given = Residual(torch.randn(1, num_tokens, WIDTH), torch.randn(1, num_tokens, WIDTH))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            out = block(given)
+        assert out.branch.requires_grad
+        events = seen.profiler.kineto_results.events()
+        return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+    allocated(64)
+    return (allocated(192) - allocated(64)) / 128
+
+
+# The result's branch is one width more, and where it was computed without keeping it, its x.
+@pytest.mark.parametrize(
+    ("what", "widths", "lse"), [("none", 11, 1), ("mlp", 8, 1), ("block", 2, 0)]
+)
+def test_checkpointing_keeps_less(what, widths, lse):
+    block = block_of(torch.float32)
+    block.checkpointing = what
+    assert allocated_a_token(block) == widths * WIDTH * 4 + lse * 4 * HEADS
 
 
 # ---- computing again ------------------------------------------------------------------------
