@@ -18,8 +18,15 @@ from timing import ceilings
 collect_ignore_glob = ["test_*_cpu.py"] if torch.cuda.is_available() else []
 
 # Worth most first: where the time is limited it may run out. All others come after them.
-FIRST = ("test_attention.py", "test_tokens.py", "test_block.py", "test_attention_curves.py")
-# Before all: where a CUDA C++ kernel stands beside its Triton twin.
+FIRST = (
+    "test_step_gpu.py",
+    "test_block.py",
+    "test_attention.py",
+    "test_tokens.py",
+    "test_attention_curves.py",
+)
+# Steps and blocks, then where a CUDA C++ kernel stands beside its Triton twin.
+HEADLINES = FIRST[:2]
 WITH_TWIN = {"test_masked_mse", *(f"test_attention[{case.name}]" for case in TWINS)}
 
 
@@ -30,7 +37,7 @@ def pytest_collection_modifyitems(items):
 def place(item):
     """Where a benchmark comes among all."""
     file = FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
-    return item.name not in WITH_TWIN, file
+    return item.path.name not in HEADLINES, item.name not in WITH_TWIN, file
 
 
 def pytest_addoption(parser):

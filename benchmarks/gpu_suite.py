@@ -1,14 +1,14 @@
 """Everything that wants a GPU, in one command: build, tests, sanitizers, benchmarks, counters.
 
     python benchmarks/gpu_suite.py --out DIR
-    python benchmarks/gpu_suite.py --out DIR --no-build --only ncu
+    python benchmarks/gpu_suite.py --out DIR --no-build --only step
 
 Each part runs in a process of its own under a time limit, with its log in DIR; a part that fails
-does not keep the next from running. Within a part what is worth most comes first, the CUDA C++
-kernels before all: the default limit is for them, and may cut short what follows. All tests, and
-all benchmarks, want a run of their own (--no-build --only tests). The last thing printed, and kept
-as DIR/summary.txt, is a short table. Exit status: 0, 1 where a part failed, 2 without a GPU. Needs
-nothing that torch and pytest do not bring.
+does not keep the next from running. Within a part what is worth most comes first: the default
+limit is for that, and may cut short what follows. All tests, and all benchmarks, want a run of
+their own (--no-build --only tests); so do whole training steps, whose part "step" is left out where
+its time is not there. The last thing printed, and kept as DIR/summary.txt, is a short table. Exit
+status: 0, 1 where a part failed, 2 without a GPU. Needs nothing that torch and pytest do not bring.
 """
 
 import argparse
@@ -29,14 +29,24 @@ from tools import SKIPPED, notes_in
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = ("build", "tests", "sanitize", "benchmarks", "ncu")
+PARTS = ("build", "tests", "sanitize", "step", "benchmarks", "ncu")
 # Of the time that is left when a part starts; the last one gets all of it. nvcc may take three
 # minutes on two cores for all architectures, of which one is built here.
-SHARE = {"build": 0.35, "tests": 0.35, "sanitize": 0.25, "benchmarks": 1.0, "ncu": 1.0}
-# A part for which less is left is not started, unless it is asked for.
-LEAST_S = {"ncu": 45}
+SHARE = {
+    "build": 0.35,
+    "tests": 0.35,
+    "sanitize": 0.25,
+    "step": 0.6,
+    "benchmarks": 1.0,
+    "ncu": 1.0,
+}
+# A part that would get less is not started, unless it is asked for. Steps of models of four sizes,
+# some of them compiled, are guessed to take five to eight minutes: not yet measured.
+LEAST_S = {"step": 420, "ncu": 45}
 # Parts of pytest.
-TESTS = ("tests", "benchmarks")
+TESTS = ("tests", "step", "benchmarks")
+# The benchmark that the part "step" is.
+STEP = "benchmarks/test_step_gpu.py"
 # What a stopped pytest gets to write its report before it is killed.
 GRACE_S = 10
 MOST_LINES, MOST_FAILURES, MOST_WIDTH = 210, 20, 160
@@ -72,7 +82,7 @@ class Outcome:
     @property
     def ok(self) -> bool:
         """Finished, and nothing wrong but packages that are not there."""
-        if self.part not in TESTS or self.status is None:
+        if self.part not in TESTS or self.status in (None, SKIPPED):
             return self.status in (0, SKIPPED)
         # 1 is also what files that cannot be collected end with.
         return (
@@ -87,7 +97,7 @@ class Outcome:
         if self.status == SKIPPED:
             result = "skipped"
         words = [f"{self.part:<11} {result}, {self.seconds:.0f} s"]
-        if self.part in TESTS:
+        if self.part in TESTS and self.status != SKIPPED:
             words.append(f"{self.passed} passed, {len(self.failures)} failed")
             words.append(f"{self.skipped} skipped, {len(self.not_collected)} files broken")
             words += [f"{len(files)} without {name}" for name, files in self.missing.items()]
@@ -110,7 +120,8 @@ def command_of(part: str, out: Path, limit_s: float = 0) -> list[str]:
     pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if part == "tests":
         return [*pytest, "-p", "gpu_test_order", "-m", "gpu", "tests"]
-    return [*pytest, "benchmarks", "--benchmark-only", "--results", str(out / "results")]
+    files = [STEP] if part == "step" else ["benchmarks", f"--ignore={STEP}"]
+    return [*pytest, *files, "--benchmark-only", "--results", str(out / "results")]
 
 
 def variables_of(part: str, found: dict[str, str | int]) -> dict[str, str]:
@@ -232,11 +243,10 @@ def figures(results: Path, since: float) -> list[str]:
             continue
         kept = json.loads(file.read_text())
         for row in told(kept.get("rows", [])):
-            gb_per_s, tflop_per_s = report.rates(row)
             peers = filter(None, [*report.refused(row), report.against(quickest_peers(row))])
             lines.append(
                 f"{report.title(row)} {row['direction']}: {report.number(row['time_ms'])} ms "
-                f"({row['how']}), {gb_per_s} GB/s, {tflop_per_s} TFLOP/s; {', '.join(peers)}"
+                f"({row['how']}), {rates(row)}; {', '.join(peers)}"
             )
             if row["targets"]:
                 lines.append("    " + "; ".join(report.judgements(row)).replace("**", ""))
@@ -259,6 +269,15 @@ def told(rows: list[report.Figures]) -> list[report.Figures]:
         if row["op"] not in peers
         and (row["op"] not in both or row["direction"] in ("forward", "backward"))
     ]
+
+
+def rates(row: report.Figures) -> str:
+    """What a row gets through in a second; of a whole step also the memory that it takes."""
+    gb_per_s, tflop_per_s = report.rates(row)
+    if "clips_per_s" not in row:
+        return f"{gb_per_s} GB/s, {tflop_per_s} TFLOP/s"
+    clips_per_s, peak_gib = (report.number(row[key]) for key in ("clips_per_s", "peak_gib"))
+    return f"{clips_per_s} clips/s, {tflop_per_s} TFLOP/s, {peak_gib} GiB"
 
 
 def quickest_peers(row: report.Figures) -> report.Figures:
@@ -312,7 +331,13 @@ def main() -> int:
     """Run the parts; the exit status."""
     parser = argparse.ArgumentParser(description="Build, test and measure on a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--only", choices=PARTS, nargs="+", help="these parts alone")
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        nargs="+",
+        help="these parts alone; step, the benchmark of whole training steps, may take a run of "
+        "ten minutes for itself",
+    )
     parser.add_argument("--no-build", action="store_true", help="test what is installed")
     parser.add_argument("--budget-s", type=float, default=570, help="seconds for all parts")
     options = parser.parse_args()
@@ -329,11 +354,11 @@ def main() -> int:
     outcomes = []
     for part in parts:
         left_s = deadline - time.monotonic() - GRACE_S
-        if not options.only and left_s < LEAST_S.get(part, 0):
+        limit_s = max(left_s * (1.0 if part == parts[-1] else SHARE[part]), 1)
+        if not options.only and limit_s < LEAST_S.get(part, 0):
             note = f"{max(left_s, 0):.0f} s were left; --no-build --only {part} runs it alone"
             outcomes.append(Outcome(part, SKIPPED, notes=[note]))
             continue
-        limit_s = max(left_s * (1.0 if part == parts[-1] else SHARE[part]), 1)
         print(f"{part}: at most {limit_s:.0f} s, log in {out / part}.log", flush=True)
         command, variables = command_of(part, out, limit_s), variables_of(part, found)
         outcomes.append(run_part(part, command, out, limit_s, variables))

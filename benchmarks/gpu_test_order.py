@@ -8,6 +8,7 @@ FIRST = (
     "gpu/test_gpu_cuda",
     "cuda",
     "gpu/test_gpu_ops",
+    "gpu/test_gpu_norm",
     "gpu/test_gpu_attention",
     "gpu/test_gpu_step",
     "gpu/test_gpu_parity",

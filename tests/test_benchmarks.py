@@ -238,6 +238,9 @@ def test_a_missing_package_alone_fails_nothing():
     assert good.ok
     assert not gpu_suite.Outcome("tests", status=5).ok
     assert not gpu_suite.Outcome("build", status=1).ok
+    left_out = gpu_suite.Outcome("step", gpu_suite.SKIPPED)
+    assert left_out.ok
+    assert left_out.line() == "step        skipped, 0 s"
 
 
 def test_the_table_fits_and_shows_this_run_only(tmp_path):

@@ -1,7 +1,10 @@
 """Measuring the CUDA C++ kernels: rows beside Triton's, and the parts of the GPU suite."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import attention_cases
@@ -17,6 +20,8 @@ import torch
 from targets import CUDA, CUDA_TARGETS
 
 from vmae_fast.ops import _extension
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---- rows -----------------------------------------------------------------------------------
 
@@ -162,7 +167,8 @@ def test_the_parts_share_the_time(monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "    extension for 90a" in lines
     assert any(line.startswith("ncu         skipped") for line in lines)
-    assert any("--no-build --only ncu runs it alone" in line for line in lines)
+    for part in ("step", "ncu"):
+        assert any(f"--no-build --only {part} runs it alone" in line for line in lines)
     # The sanitizers know when they have to be done.
     command = ran[2][3]
     assert float(command[command.index("--limit-s") + 1]) < limits["sanitize"]
@@ -170,11 +176,46 @@ def test_the_parts_share_the_time(monkeypatch, tmp_path, capsys):
 
 def test_counters_are_read_where_time_is_left_or_asked_for(monkeypatch, tmp_path):
     _, ran = run_suite(monkeypatch, tmp_path, seconds=0.5)
-    assert [part for part, *_ in ran] == list(gpu_suite.PARTS)
+    assert [part for part, *_ in ran] == [part for part in gpu_suite.PARTS if part != "step"]
     _, ran = run_suite(monkeypatch, tmp_path, "--only", "ncu", "--budget-s", "40")
     assert [part for part, *_ in ran] == ["ncu"]
     _, ran = run_suite(monkeypatch, tmp_path, "--no-build", "--only", "build", "tests", "sanitize")
     assert [part for part, *_ in ran] == ["tests", "sanitize"]
+
+
+def test_whole_steps_are_timed_where_there_is_time_or_asked_for(monkeypatch, tmp_path):
+    _, ran = run_suite(monkeypatch, tmp_path, "--budget-s", "2400", seconds=1.0)
+    assert [part for part, *_ in ran] == list(gpu_suite.PARTS[:-1])
+    limits = {part: limit_s for part, limit_s, *_ in ran}
+    assert limits["step"] >= gpu_suite.LEAST_S["step"]
+    assert limits["benchmarks"] > 250
+    status, ran = run_suite(monkeypatch, tmp_path, "--no-build", "--only", "step")
+    assert [part for part, *_ in ran] == ["step"]
+    assert (status, ran[0][1]) == (0, 560)
+
+
+def test_steps_are_a_part_and_come_first_of_all_with_blocks(tmp_path):
+    command = gpu_suite.command_of("benchmarks", tmp_path)
+    ignored = f"--ignore={gpu_suite.STEP}"
+    assert ignored in command
+    assert gpu_suite.STEP in gpu_suite.command_of("step", tmp_path)
+    done = subprocess.run(
+        [*(one for one in command if one not in ("-v", ignored)), "--collect-only", "-q"], cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    names = [line for line in done.stdout.splitlines() if line.startswith("benchmarks/")]
+    files = [name.split("::")[0] for name in names]
+    ordered = list(dict.fromkeys(files))
+    assert ordered[:3] == [
+        gpu_suite.STEP, "benchmarks/test_block.py", "benchmarks/test_attention.py"
+    ]  # fmt: skip
+    assert (
+        "benchmarks/test_tokens.py" in files[: files.index("benchmarks/test_attention_curves.py")]
+    )
+    # Beside a Triton twin: before the rest of the attention benchmarks.
+    twin = names.index("benchmarks/test_tokens.py::test_masked_mse")
+    assert "benchmarks/test_attention.py" in files[twin:]
 
 
 def test_the_build_is_for_this_gpu_unless_it_is_said(monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 
+import gpu_suite
 import peers
 import pytest
 import report
@@ -170,6 +172,12 @@ def test_every_case_gives_rows_that_its_targets_can_judge(tmp_path, monkeypatch,
     page = report.render(tmp_path)
     assert "| step base v1 | graph, bf16 residual | 2 |" in page
     assert page.count("clips_per_s >= 1900") == 2
+    lines = gpu_suite.figures(tmp_path, since=0)
+    (line,) = [one for one in lines if one.startswith("step large v1 graph, bf16 residual: ")]
+    assert re.search(r"\), [0-9.]+ clips/s, .*%\) TFLOP/s, [0-9.]+ GiB; launched ", line)
+    assert not [one for one in lines if "GB/s" in one]
+    # All of them with their targets, and what a run of them says besides.
+    assert len(lines) < gpu_suite.MOST_LINES // 2
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):

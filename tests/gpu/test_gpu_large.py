@@ -101,6 +101,68 @@ def test_decoder_tokens(device, need_gib):
         assert relative_error(got, truth) < RTOL
 
 
+def check_last_clip(function_of, tensors, parameters):
+    """Results and gradients, where no other clip has an upstream gradient.
+
+    Args:
+        function_of: some clips: a function of their part of the tensors, and of the parameters.
+        tensors: ``(B, ...)``.
+        parameters: whose gradients are sums over clips.
+    """
+    inputs = [tensor.requires_grad_() for tensor in (*tensors, *parameters)]
+    outs = function_of(slice(None))(*inputs)
+    assert all(out.numel() > LIMIT for out in outs)
+    upstream = torch.zeros_like(outs[0])
+    upstream[-1] = normal(upstream.device, *upstream.shape[1:])
+    grads = torch.autograd.grad(outs, inputs, [upstream] * len(outs))
+    last = slice(-1, None)
+    with ops.backend("reference"):
+        own = [tensor[last].detach().requires_grad_() for tensor in tensors]
+        own += [parameter.detach().requires_grad_() for parameter in parameters]
+        expected = function_of(last)(*own)
+        truths = torch.autograd.grad(expected, own, [upstream[last]] * len(outs))
+    for out, truth in zip(outs, expected, strict=True):
+        assert relative_error(out[last], truth) < RTOL
+    for place, (got, truth) in enumerate(zip(grads, truths, strict=True)):
+        if place < len(tensors):
+            assert not got[:-1].any()
+            got = got[last]
+        assert relative_error(got, truth) < RTOL
+
+
+def test_shared_tokens(device, need_gib):
+    need_gib(14)
+    batch = clips_beyond(NUM_TOKENS * DECODER_WIDTH)
+    unseen = orders(batch, device)[:, 160:]
+    check_last_clip(
+        lambda clips: lambda *given: (ops.shared_tokens(*given, unseen[clips]),),
+        [normal(device, batch, 160, DECODER_WIDTH)],
+        [normal(device, NUM_TOKENS, DECODER_WIDTH)],
+    )
+
+
+def test_add_layer_norm(device, need_gib):
+    """Of rows alone, forward, there is one more in test_gpu_norm.py; as of GELU."""
+    need_gib(40)
+    batch = clips_beyond(NUM_TOKENS * WIDTH)
+    scale = torch.rand(batch, device=device) + 0.5
+    check_last_clip(
+        lambda clips: lambda *given: ops.add_layer_norm(*given, branch_scale=scale[clips]),
+        [normal(device, batch, NUM_TOKENS, WIDTH) for _ in range(2)],
+        [normal(device, WIDTH) for _ in range(2)],
+    )
+
+
+def test_bias_gelu(device, need_gib):
+    need_gib(22)
+    batch = clips_beyond(NUM_TOKENS * 4 * WIDTH)
+    check_last_clip(
+        lambda clips: lambda *given: (ops.bias_gelu(*given),),
+        [normal(device, batch, NUM_TOKENS, 4 * WIDTH)],
+        [normal(device, 4 * WIDTH)],
+    )
+
+
 def test_masked_mse(device, need_gib):
     need_gib(22)
     batch = clips_beyond(NUM_TOKENS * VALUES)

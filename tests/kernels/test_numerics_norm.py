@@ -301,6 +301,31 @@ def test_bias_gelu(case, has_bias, dtype, device):
         assert y is None or torch.equal(y, bias_gelu(x, bias))
 
 
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+def test_a_gelus_gradient_in_the_place_of_what_came_in(has_bias, dtype, device):
+    x = normal(67, 131, dtype=dtype, device=device)
+    bias = normal(131, dtype=dtype, device=device, seed=1) if has_bias else None
+    stored = normal(67, 134, dtype=dtype, device=device, seed=2)
+    given = {
+        "dense": stored[:, :131].contiguous(),
+        "cut": stored[:, :131],
+        "transposed": stored[:, :131].t().contiguous().t(),
+        "wide": stored[:, :131].to(torch.float32).contiguous(),
+    }
+    for name, grad in given.items():
+        before = grad.clone()
+        expected = bias_gelu_backward_triton(grad, x, bias, True)
+        assert torch.equal(grad, before), name
+        found = bias_gelu_backward_triton(grad, x, bias, True, overwrite=True)
+        for got, truth in zip(found, expected, strict=True):
+            assert (got is None) == (truth is None)
+            assert got is None or torch.equal(got, truth)
+        if grad.is_contiguous() and grad.dtype == dtype:
+            assert found[0].data_ptr() == grad.data_ptr(), name
+        else:
+            assert torch.equal(grad, before), name
+
+
 def test_a_wide_bias(device):
     """Of fp32 on fp16: it is not rounded before it is added."""
     x = normal(5, 13, dtype=torch.float16, device=device)

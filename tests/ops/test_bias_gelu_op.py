@@ -77,6 +77,25 @@ def test_the_result_is_computed_again_where_asked_for(keep):
     assert y is None or torch.equal(y, bias_gelu(x, bias))
 
 
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_in_the_place_of_what_came_in(has_bias, dtype):
+    x, bias = normal(37, 13, dtype=dtype), normal(13, seed=1, dtype=dtype) if has_bias else None
+    stored = normal(13, 37, seed=2, dtype=dtype)
+    for grad in (stored.t().contiguous(), stored.t(), stored.t().float().contiguous()):
+        before = grad.clone()
+        expected = kernels.bias_gelu_backward_reference(grad, x, bias, True)
+        assert torch.equal(grad, before)
+        found = kernels.bias_gelu_backward_reference(grad, x, bias, True, overwrite=True)
+        for got, truth in zip(found, expected, strict=True):
+            assert (got is None) == (truth is None)
+            assert got is None or torch.equal(got, truth)
+        in_place = found[0].data_ptr() == grad.data_ptr()
+        # With a bias it goes by chunks in fp32, of which the gradient is not one.
+        assert in_place == (grad.is_contiguous() and grad.dtype == dtype and not has_bias)
+        assert in_place or torch.equal(grad, before)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (0,)], ids=str)
 def test_nothing_at_all(shape):
     x, bias = torch.zeros(shape, requires_grad=True), torch.zeros(shape[-1], requires_grad=True)
