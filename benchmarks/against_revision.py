@@ -56,8 +56,10 @@ def compare(given):
         f"against revision {revision}",
         **{f"{name}_s": round(seconds, 4) for name, seconds in median_s.items()},
         "speedup": round(median_s["before"] / median_s["now"], 3),
-        "rounds_before_s": [round(one, 3) for one in taken_s["before"]],
-        "rounds_now_s": [round(one, 3) for one in taken_s["now"]],
+        "rounds": [
+            {f"{name}_s": round(taken_s[name][number], 3) for name in taken_s}
+            for number in range(given.rounds)
+        ],
     }
     print(json.dumps(figures, indent=2))
     if given.results:
