@@ -102,7 +102,13 @@ class Encoder(nn.Module):
     def forward(self, video: Tensor, visible_idx: Tensor | None = None) -> Tensor:
         """Encode ``(B, C, T, H, W)`` to ``(B, V, D)``, all N tokens when visible_idx is None."""
         pos_embed = self.pos_embed.to(self.residual_dtype or self.pos_embed.dtype)
-        stream = Residual(self.patch_embed(video, pos_embed, visible_idx))
+        x_BVD = self.patch_embed(video, pos_embed, visible_idx)
+        if self.residual_dtype not in (None, x_BVD.dtype):
+            raise ValueError(
+                f"residual_dtype {self.residual_dtype} goes with autocast to it, but the embedding "
+                f"is computed in {x_BVD.dtype}"
+            )
+        stream = Residual(x_BVD)
         for block in self.blocks:
             stream = _through(block, stream)
         return self.norm(stream if isinstance(self.norm, LayerNorm) else stream.sum())

@@ -12,20 +12,17 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vmae_fast import ops
 
 from .attention import Attention, DividedAttention
-from .linear import Linear, as_built
+from .linear import Linear, as_built, scaled
+from .mlp import MLP
 from .norm import LayerNorm, Residual
 
 Checkpointing = Literal["none", "mlp", "block"]
-
-# Rows of 16 bytes in 2-byte dtypes: what matrix products and vector loads want.
-_ALIGNMENT = 8
 
 
 class SharedTokens(NamedTuple):
@@ -78,74 +75,6 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Rate, for printing."""
         return f"rate={self.rate}"
-
-
-class MLP(nn.Module):
-    """Two linear layers with exact (erf) GELU between them.
-
-    An inner width that is no multiple of 8 (giant's decoder has 2234) is padded with zeros while
-    computing, which changes nothing, as GELU(0) = 0; the parameters stay as they are.
-
-    Args:
-        width: D.
-        hidden: width between the layers.
-    """
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., D)``."""
-        if as_built(self.fc1, self.fc2):
-            return self.outer(ops.linear(x, *self.inner()))
-        return self.fc2(ops.bias_gelu(self.fc1(x)))
-
-    def inner(self) -> tuple[Tensor, Tensor | None]:
-        """fc1's weight ``(hidden, D)`` and the bias that its product adds, padded."""
-        weight = self._padded(self.fc1.weight, (0, 0))
-        return weight, None if self._bias_with_gelu else self._bias()
-
-    def outer(self, inner: Tensor, gamma: Tensor | None = None) -> Tensor:
-        """From ``(..., hidden)``, what :meth:`inner`'s product gave, to ``(..., D)``.
-
-        Args:
-            inner: padded as the weight is.
-            gamma: layer scale ``(D,)`` of the result, or None.
-        """
-        weight, bias = _scaled(self.fc2, gamma)
-        weight = self._padded(weight)
-        return ops.bias_gelu_linear(
-            inner, self._bias() if self._bias_with_gelu else None, weight, bias
-        )
-
-    @property
-    def _bias_with_gelu(self) -> bool:
-        """Whether fc1's bias is added in GELU's pass rather than in the product.
-
-        On a GPU: the backward pass then sums up the bias's gradient on the way. A CPU's products
-        add it for nothing.
-        """
-        return self.fc1.weight.is_cuda
-
-    def _bias(self) -> Tensor | None:
-        bias: Tensor | None = self.fc1.bias
-        return None if bias is None else self._padded(bias)
-
-    def _padded(self, tensor: Tensor, after: tuple[int, ...] = ()) -> Tensor:
-        """With zeros behind the inner width, which the dimensions that ``after`` pads follow."""
-        padding = -self.fc1.out_features % _ALIGNMENT
-        return F.pad(tensor, (*after, 0, padding)) if padding else tensor
-
-
-def _scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of ``gamma * linear(x)``: layer scale that takes no pass over the tokens."""
-    weight: Tensor = linear.weight
-    bias: Tensor | None = linear.bias
-    if gamma is None:
-        return weight, bias
-    return gamma.unsqueeze(1) * weight, None if bias is None else gamma * bias
 
 
 def _normed_qkv(stream: Residual, norm: LayerNorm, attn: Attention) -> tuple[Tensor, Tensor]:
@@ -253,7 +182,7 @@ class JointSpaceTimeBlock(nn.Module):
         scales: tuple[Tensor | None, Tensor | None],
     ) -> Residual:
         x, attended = self._attended(stream, num_queries, shared)
-        branch = ops.linear(attended, *_scaled(self.attn.proj, self.gamma_1))
+        branch = ops.linear(attended, *scaled(self.attn.proj, self.gamma_1))
         stream = Residual(x, branch, scales[0])
         if self.checkpointing == "mlp":
             x, branch = checkpoint(

@@ -1,4 +1,4 @@
-"""Linear module, and whether modules may be passed over for what they compute."""
+"""Linear module, and what its parameters are used for without calling it."""
 
 import torch.nn as nn
 from torch import Tensor
@@ -26,3 +26,17 @@ def as_built(*modules: nn.Module) -> bool:
         and not (module._backward_hooks or module._backward_pre_hooks)
         for module in modules
     )
+
+
+def scaled(linear: nn.Linear, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of ``gamma * linear(x)``: layer scale that takes no pass over the tokens.
+
+    Args:
+        linear: the layer before the scale.
+        gamma: ``(out,)``, or None for no scale.
+    """
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
+    if gamma is None:
+        return weight, bias
+    return gamma.unsqueeze(1) * weight, None if bias is None else gamma * bias
