@@ -43,6 +43,7 @@ def run_limited(
             stdout=into,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         try:
             status: int | None = child.wait(limit_s)
@@ -59,6 +60,11 @@ def run_limited(
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     return status, log.read_text(errors="replace")
+
+
+def _heed_interrupts() -> None:
+    """In a child: one that a shell's background job starts ignores them, as the job does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def short_name(signature: str) -> str:
