@@ -1,11 +1,11 @@
-"""The residual stream's dtype, checkpointing, and blocks that are not ours."""
+"""The residual stream's dtype, checkpointing, shared mask tokens, and blocks that are not ours."""
 
 import pytest
 import torch
 import torch.nn as nn
 from helpers import make_video, randomise, relative_error
 
-from vmae_fast import VideoMAE, clip_keys
+from vmae_fast import VideoMAE, clip_keys, ops
 from vmae_fast.nn import JointSpaceTimeBlock, Residual
 
 LOW = torch.bfloat16
@@ -85,6 +85,24 @@ def test_checkpointing_changes_nothing(what):
 def test_checkpointing_of_what_there_is():
     with pytest.raises(ValueError, match="checkpointing must be one of none, mlp, block, got 'al"):
         small_model().checkpointing = "all"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_mask_tokens_are_shared_where_that_is_less(depth, monkeypatch):
+    model, rows = small_model(decoder_depth=depth), []
+    run = ops.shared_tokens
+
+    def noting(visible, shared, decode_idx):
+        rows.append((visible.shape[:2].numel(), len(shared)))
+        return run(visible, shared, decode_idx)
+
+    monkeypatch.setattr(ops, "shared_tokens", noting)
+    num_tokens, visible = model.config.num_tokens, model.masking.num_visible
+    model(*batch_of(model, clips=1))
+    assert rows == []
+    model(*batch_of(model, clips=2))
+    # Once, in the first block.
+    assert rows == [(2 * visible, num_tokens)]
 
 
 class Wrapped(nn.Module):

@@ -286,7 +286,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     has_branch, has_tail = branch is not None, tokens >= 0
     ctx.save_for_backward(kept if has_branch else x, scale, norm_weight, norm_bias, narrow)
     ctx.set_materialize_grads(False)
-    if has_tail:
+    if has_tail or not has_branch:
         ctx.mark_non_differentiable(kept)
     ctx.name = "add_layer_norm_linear" if has_branch else "layer_norm_linear"
     if has_tail:
@@ -307,8 +307,6 @@ def _grad(
     refuse_double_backward(ctx.name)
     residual, scale, norm_weight, norm_bias, narrow = ctx.saved_tensors
     grad_residual = grad_last if ctx.has_tail else grad_kept
-    if ctx.branch_dtype is None and not ctx.has_tail:
-        grad_residual = None
     if grad_out is None:
         shape, dtype, device = ctx.out
         grad_out = torch.zeros(shape, dtype=dtype, device=device)
