@@ -46,14 +46,17 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def record(request):
-    """Call with a name and figures: kept as DEVICE/NAME.json where --results names a folder."""
+    """Call with a name and figures: kept as DEVICE/NAME.json where --results names a folder.
+
+    ``kind="published"`` files under that name what is counted, and the same on every device.
+    """
     folder = request.config.getoption("--results")
 
-    def write(name, figures):
+    def write(name, figures, kind=None):
         print(f"\n{name}: " + json.dumps(figures, indent=2))
         if folder is None:
             return
-        file = Path(folder) / device_folder() / f"{name}.json"
+        file = Path(folder) / (kind or device_folder()) / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"environment": environment(), **figures}, indent=2) + "\n")
 

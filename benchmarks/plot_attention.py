@@ -6,22 +6,14 @@ python benchmarks/plot_attention.py [FOLDER]
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
+from plot_style import BLUE, GREEN, ORANGE, VERMILION, Figures, save, title_of
 
-Figures = dict[str, Any]
-
-# From the palette of Okabe and Ito, told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 COLOURS = {"joint": BLUE, "divided": ORANGE}
-SIZE_INCHES, DPI = (13, 4.4), 130
+SIZE_INCHES = (13, 4.4)
 
 
 def main(results: Path) -> list[Path]:
@@ -36,12 +28,8 @@ def draw(file: Path) -> Path:
     draw_time(time, kept["over_rows"])
     draw_memory(memory, kept["over_rows"])
     draw_growth(growth, kept)
-    environment = kept["environment"]
-    figure.suptitle(f"{environment['device']}, torch {environment['torch']}: {kept['what']}")
-    picture = file.with_suffix(".png")
-    figure.savefig(picture, dpi=DPI, metadata={"Software": None})
-    plt.close(figure)
-    return picture
+    figure.suptitle(title_of(kept))
+    return save(figure, file)
 
 
 def draw_time(axes: Axes, rows: list[Figures]) -> None:

@@ -23,7 +23,7 @@ from environment import environment
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from plain_videomae import PlainVideoMAE
-from plot_attention import BLUE, DPI, GREEN, ORANGE
+from plot_style import BLUE, DPI, GREEN, ORANGE
 
 from vmae_fast import VideoMAE, clip_keys
 from vmae_fast.data import ClipDataset, ClipSampler, collate_clips, list_videos, synthetic_videos

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmae_fast import Masking, VideoMAE, VideoMAEConfig, clip_keys
+from vmae_fast import VideoMAE, VideoMAEConfig, clip_keys
 from vmae_fast.train.config import OptimSettings
 from vmae_fast.train.graph import Capture
 from vmae_fast.train.optimizer import make_optimizer
@@ -119,11 +119,8 @@ def macs_per_clip(config: VideoMAEConfig) -> int:
 
     Sources: VideoMAE V2 (arXiv 2303.16727), tables of pretraining costs.
     """
-    masking = Masking(config.grid, config.mask_kind, config.mask_ratio, config.decoder_mask_ratio)
-    tokens, seen = config.num_tokens, masking.num_visible
-    left_out = round(tokens * config.decoder_mask_ratio)
-    # V1 decodes what the encoder did not see, V2 what the running cell leaves.
-    decoded = tokens - left_out if left_out else tokens - seen
+    tokens, masking = config.num_tokens, config.masking
+    seen, decoded = masking.num_visible, masking.num_decoded
 
     def blocks(depth: int, count: int, width: int, hidden: int) -> int:
         linears = count * (4 * width * width + 2 * width * hidden)

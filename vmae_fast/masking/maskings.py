@@ -1,4 +1,4 @@
-"""Tube, random and running-cell masking, drawn on the device from per-clip keys."""
+"""Masks for encoder and decoder, drawn on the device from per-clip keys."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from .hashing import combine, random_words, shuffled
 from .mask import Mask, first_by_class
 
-KINDS = ("tube", "random")
+KINDS = ("tube", "random", "frame")
+DECODER_KINDS = ("running_cell", "frame", "random")
 # Running cell: which of the four queue slots are not decoded, by decoder mask ratio.
 _CELL_QUEUES = {0.5: (1, 1, 0, 0), 0.75: (1, 1, 1, 0)}
 
@@ -19,45 +20,85 @@ class Masking:
 
     Attributes:
         grid: ``(t, h, w)`` tokens.
-        kind: "tube" (the same positions in every row of tubelets) or "random".
-        ratio: share of tokens hidden from the encoder; ``int(ratio * h * w)`` positions a row
-            for tubes, ``int(ratio * N)`` tokens for random.
-        decoder_ratio: 0 decodes every masked token (V1); 0.5 or 0.75 leaves out that share by
-            running cell (V2) and scores the decoded tokens that the encoder did not see.
+        kind: which tokens are hidden from the encoder: "tube" (the same positions in every row of
+            tubelets), "random", or "frame" (whole rows of tubelets).
+        ratio: share of tokens hidden; ``int(ratio * h * w)`` positions a row for tubes,
+            ``int(ratio * N)`` tokens for random, ``int(ratio * t)`` rows for frame.
+        decoder_ratio: 0 decodes every hidden token (V1). Above 0 this share of all tokens is left
+            out (V2), and of those decoded the ones that the encoder did not see are scored.
+        decoder_kind: which are left out: "running_cell" (ratio 0.5 or 0.75), "frame" or "random",
+            which count as above.
 
     Raises:
-        ValueError: an unknown kind or ratio, a ratio that leaves nothing to see or to
-            reconstruct, or running cell on a grid that 2x2 cells cannot tile.
+        ValueError: an unknown kind or ratio, a ratio that leaves nothing to see, to decode or to
+            score, or running cell on a grid that 2x2 cells cannot tile.
 
-    Source: VideoMAE (arXiv 2203.12602) and VideoMAE V2 (arXiv 2303.16727).
+    Sources: VideoMAE (arXiv 2203.12602) and VideoMAE V2 (arXiv 2303.16727), which compares the
+    decoder's kinds.
     """
 
     grid: tuple[int, int, int]
     kind: str = "tube"
     ratio: float = 0.9
     decoder_ratio: float = 0.0
+    decoder_kind: str = "running_cell"
 
     def __post_init__(self) -> None:
-        t, h, w = self.grid
         if self.kind not in KINDS:
             raise ValueError(f"mask kind must be one of {KINDS}, got {self.kind!r}")
-        places = h * w if self.kind == "tube" else t * h * w
-        if not 0 < int(self.ratio * places) < places:
+        places, called = self._places(self.kind)
+        hidden = int(self.ratio * places)
+        if not 0 < hidden < places:
             raise ValueError(
-                f"mask ratio {self.ratio} hides {int(self.ratio * places)} of {places} "
-                f"{'positions of a row' if self.kind == 'tube' else 'tokens'}; at least one "
+                f"mask ratio {self.ratio} hides {hidden} of {places} {called}; at least one "
                 "must stay visible and at least one be hidden"
             )
-        if self.decoder_ratio not in (0, *_CELL_QUEUES):
+        if self.decoder_kind not in DECODER_KINDS:
             raise ValueError(
-                f"decoder mask ratio must be 0, 0.5 or 0.75 (running cell), "
-                f"got {self.decoder_ratio}"
+                f"decoder mask kind must be one of {DECODER_KINDS}, got {self.decoder_kind!r}"
             )
-        if self.decoder_ratio and (h % 2 or w % 2):
+        if self.decoder_ratio:
+            self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        ratio, (_, h, w) = self.decoder_ratio, self.grid
+        if self.decoder_kind == "running_cell":
+            if ratio not in _CELL_QUEUES:
+                raise ValueError(
+                    f"decoder mask ratio must be 0, 0.5 or 0.75 (running cell), got {ratio}; "
+                    'decoder mask kinds "frame" and "random" take any'
+                )
+            if h % 2 or w % 2:
+                raise ValueError(
+                    "running-cell decoder masking tiles the grid with 2x2 cells, but it is "
+                    f"{h}x{w}; choose an image size that gives even numbers of patches, or "
+                    "decoder ratio 0"
+                )
+            return
+        places, called = self._places(self.decoder_kind)
+        left_out = int(ratio * places)
+        if not 0 < left_out < places:
             raise ValueError(
-                f"running-cell decoder masking tiles the grid with 2x2 cells, but it is {h}x{w}; "
-                "choose an image size that gives even numbers of patches, or decoder ratio 0"
+                f"decoder mask ratio {ratio} leaves out {left_out} of {places} {called}; at least "
+                "one must be left out and at least one be decoded"
             )
+        # Else a clip may decode nothing but what the encoder saw.
+        scores_always = self.kind == "tube" and self.decoder_kind == "frame"
+        if not scores_always and self.num_decoded <= self.num_visible:
+            raise ValueError(
+                f"decoder mask ratio {ratio} decodes {self.num_decoded} tokens, but the encoder "
+                f"sees {self.num_visible} of its own under {self.kind} masks: a clip may be left "
+                "with none to score; more must be decoded than seen"
+            )
+
+    def _places(self, kind: str) -> tuple[int, str]:
+        """How many things a kind of mask chooses from, and what they are called."""
+        t, h, w = self.grid
+        return {
+            "tube": (h * w, "positions of a row"),
+            "random": (t * h * w, "tokens"),
+            "frame": (t, "rows of tubelets"),
+        }[kind]
 
     @property
     def num_tokens(self) -> int:
@@ -68,19 +109,32 @@ class Masking:
     @property
     def num_visible(self) -> int:
         """V, tokens the encoder sees in each clip."""
-        t, h, w = self.grid
-        if self.kind == "tube":
-            return t * (h * w - int(self.ratio * h * w))
-        return self.num_tokens - int(self.ratio * self.num_tokens)
+        places, _ = self._places(self.kind)
+        return (places - int(self.ratio * places)) * (self.num_tokens // places)
+
+    @property
+    def num_decoded(self) -> int:
+        """M, tokens decoded in each clip, those that the encoder saw included."""
+        if not self.decoder_ratio:
+            return self.num_tokens - self.num_visible
+        if self.decoder_kind == "running_cell":
+            return self.num_tokens - round(self.num_tokens * self.decoder_ratio)
+        places, _ = self._places(self.decoder_kind)
+        return (places - int(self.decoder_ratio * places)) * (self.num_tokens // places)
 
     @property
     def num_unscored(self) -> int | None:
         """Decoded tokens that the encoder saw; None where the number differs by clip."""
         if not self.decoder_ratio:
             return 0
-        # Over four rows of tubelets every position is decoded equally often, and under a tube
-        # mask the visible positions are the same in all of them.
-        if self.kind == "tube" and self.grid[0] % 4 == 0:
+        if self.kind != "tube":
+            return None
+        t, h, w = self.grid
+        # Under a tube mask as many positions are visible in each row.
+        if self.decoder_kind == "frame":
+            return self.num_visible // t * (self.num_decoded // (h * w))
+        # Over four rows of tubelets every position is decoded equally often.
+        if self.decoder_kind == "running_cell" and t % 4 == 0:
             return round(self.num_visible * (1 - self.decoder_ratio))
         return None
 
@@ -93,7 +147,7 @@ class Masking:
 
         Args:
             visible_idx: ``(B, V)`` int64, ascending.
-            key: ``(B,)`` keys for the running cell's phase.
+            key: ``(B,)`` keys for what is left out.
             static: the visible tokens come from this masking, so that counts known for it hold.
         """
         n = self.num_tokens
@@ -105,8 +159,7 @@ class Masking:
             order = first_by_class(hidden, n)
             return Mask(visible_idx, order[:, num_visible:], n, n - num_visible)
 
-        left_out = self._running_cell(key)
-        num_decoded = n - round(n * self.decoder_ratio)
+        left_out, num_decoded = self._left_out(key), self.num_decoded
         if static and self.num_unscored is not None:
             # Decoded and seen (0), decoded and hidden (1), left out (2).
             decode_idx = first_by_class(torch.where(left_out, 2, hidden), num_decoded)
@@ -116,12 +169,26 @@ class Masking:
         return Mask(visible_idx, decode_idx, n, num_decoded, scored)
 
     def _visible(self, key: Tensor) -> Tensor:
-        t, h, w = self.grid
         if self.kind == "random":
             return shuffled(key, self.num_tokens)[:, : self.num_visible].sort(dim=1).values
+        t, h, w = self.grid
+        if self.kind == "frame":
+            row = shuffled(key, t)[:, : self.num_visible // (h * w)].sort(dim=1).values
+            place = torch.arange(h * w, device=key.device)
+            return (row.unsqueeze(2) * (h * w) + place).flatten(1)
         place = shuffled(key, h * w)[:, : self.num_visible // t].sort(dim=1).values
         row = torch.arange(t, device=key.device).unsqueeze(1) * (h * w)
         return (row + place.unsqueeze(1)).flatten(1)
+
+    def _left_out(self, key: Tensor) -> Tensor:
+        """``(B, N)`` boolean, True = not decoded."""
+        if self.decoder_kind == "running_cell":
+            return self._running_cell(key)
+        # As in the running cell: a stream of its own.
+        places, _ = self._places(self.decoder_kind)
+        rank = shuffled(combine(key, 1), places)
+        left_out = rank < int(self.decoder_ratio * places)
+        return left_out.repeat_interleave(self.num_tokens // places, dim=1)
 
     def _running_cell(self, key: Tensor) -> Tensor:
         """``(B, N)`` boolean, True = not decoded: the queue read from a moving pointer."""

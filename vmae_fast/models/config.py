@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from vmae_fast.masking import Masking
+
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -33,9 +35,10 @@ class VideoMAEConfig:
         final_norm: a norm after the encoder's last block (fine-tuned models have none).
         num_classes: 0, or the classes of a fine-tuned model's head.
         norm_pix: normalise each target tubelet per channel.
-        mask_kind: "tube" or "random".
+        mask_kind: "tube", "random" or "frame".
         mask_ratio: share of tokens hidden from the encoder.
-        decoder_mask_ratio: 0 (V1), or 0.5 or 0.75 (V2's running cell).
+        decoder_mask_ratio: 0 (V1), or the share of tokens that is not decoded (V2).
+        decoder_mask_kind: "running_cell" (ratio 0.5 or 0.75), "frame" or "random".
         image_mean, image_std: per channel, in units of [0, 1], of normalised video; None is
             ImageNet's for 3 channels and 0 and 1 (plain [0, 1] pixels) for any other number.
 
@@ -68,6 +71,7 @@ class VideoMAEConfig:
     mask_kind: str = "tube"
     mask_ratio: float = 0.9
     decoder_mask_ratio: float = 0.0
+    decoder_mask_kind: str = "running_cell"
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
 
@@ -114,6 +118,14 @@ class VideoMAEConfig:
         """P, values predicted for a token: C * pt * ph * pw."""
         pt, ph, pw = self.tubelet
         return self.in_channels * pt * ph * pw
+
+    @property
+    def masking(self) -> Masking:
+        """How masks are drawn; a ValueError where these settings leave nothing to do."""
+        return Masking(
+            self.grid, self.mask_kind, self.mask_ratio,
+            self.decoder_mask_ratio, self.decoder_mask_kind,
+        )  # fmt: skip
 
     @property
     def encoder_hidden(self) -> int:

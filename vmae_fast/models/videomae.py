@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from vmae_fast import ops
-from vmae_fast.masking import Mask, Masking
+from vmae_fast.masking import Mask
 from vmae_fast.nn import JointSpaceTimeBlock, Linear, MaskedMSELoss
 from vmae_fast.nn.block import Checkpointing
 
@@ -83,9 +83,7 @@ class VideoMAE(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
             nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
             self.decoder = Decoder(config)
-            self.masking = Masking(
-                config.grid, config.mask_kind, config.mask_ratio, config.decoder_mask_ratio
-            )
+            self.masking = config.masking
             self.loss = MaskedMSELoss(
                 config.tubelet, norm_pix=config.norm_pix, mean=config.mean, std=config.std
             )

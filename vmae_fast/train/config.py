@@ -50,12 +50,14 @@ class ModelSettings:
     """Frames of a tubelet."""
     decoder_depth: int | None = None
     """Blocks of the decoder."""
-    mask_kind: Literal["tube", "random"] | None = None
-    """Which tokens are hidden: the same in every row of tubelets, or any."""
+    mask_kind: Literal["tube", "random", "frame"] | None = None
+    """Which tokens are hidden: the same in every row of tubelets, any, or whole rows."""
     mask_ratio: float | None = None
     """Share of tokens hidden from the encoder."""
     decoder_mask_ratio: float | None = None
     """0 decodes all hidden tokens (V1); 0.5 or 0.75 leaves out that share (V2)."""
+    decoder_mask_kind: Literal["running_cell", "frame", "random"] | None = None
+    """Which tokens are not decoded; running_cell is V2's, the others take any ratio."""
     norm_pix: bool | None = None
     """Normalise each target tubelet."""
     drop_path: float | None = None
