@@ -59,7 +59,7 @@ class NormLinearGradients(NamedTuple):
     norm_weight: Tensor
     norm_bias: Tensor
     weight: Tensor | None
-    bias: Tensor
+    bias: Tensor | None
 
 
 def layer_norm_linear(
@@ -97,6 +97,7 @@ def layer_norm_linear_backward(
     weight_OD: Tensor,
     branch_dtype: torch.dtype | None,
     need_weight: bool,
+    need_bias: bool,
     triton: bool,
 ) -> NormLinearGradients:
     """Gradients of :func:`layer_norm_linear`.
@@ -108,7 +109,7 @@ def layer_norm_linear_backward(
         residual: what :func:`layer_norm_linear` gave.
         scale_B: as there, as are norm and weight.
         branch_dtype: None without a branch.
-        need_weight: the weight's is wanted.
+        need_weight: the weight's is wanted; need_bias: the bias's, another pass over grad_out.
         triton: which kernels run.
     """
     dtype = weight_OD.dtype
@@ -121,14 +122,15 @@ def layer_norm_linear_backward(
     y_dtype = dtype if need_weight else None
     found = run(grad_y, grad_residual, residual, scale_B, *norm, branch_dtype, y_dtype)
     del grad_y
-    add_up = column_sum_triton if triton else column_sum_reference
-    weight = None
-    bias = add_up(grad_out)
+    weight = bias = None
+    if need_bias:
+        add_up = column_sum_triton if triton else column_sum_reference
+        bias = add_up(grad_out)
+        if grad_tail is not None:
+            bias = torch.cat([add_up(grad_tail), bias])
     if found.y is not None:
         weight = rounded_weight_gradient(grad_out.flatten(0, 1), found.y.flatten(0, 1))
-    if grad_tail is not None:
-        bias = torch.cat([add_up(grad_tail), bias])
-        if found.y is not None and weight is not None:
+        if grad_tail is not None:
             last = found.y[:, found.y.shape[1] - grad_tail.shape[1] :]
             part = rounded_weight_gradient(grad_tail.flatten(0, 1), last.flatten(0, 1))
             weight = torch.cat([part, weight])

@@ -268,3 +268,19 @@ def test_errors_of_queries_and_gelu():
         ops.bias_gelu_linear(x, None, weight, vector)
     with pytest.raises(ValueError, match=r"x is torch.float64 but weight is torch.float32"):
         ops.bias_gelu_linear(x.double(), None, weight)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_gradients_are_summed_over_tokens_only_for_a_bias(monkeypatch, bias):
+    # On a GPU fc1 has none: its bias is added with GELU, and the sum would be one more pass.
+    summed = []
+
+    def column_sum(grad):
+        summed.append(grad.shape)
+        return grad.flatten(0, 1).sum(dim=0)
+
+    monkeypatch.setattr("vmae_fast.kernels.layer_norm_linear.column_sum_reference", column_sum)
+    x, *given = (normal(2, N, D), normal(D, seed=2), normal(D, seed=3), normal(O, D, seed=4))
+    out = ops.layer_norm_linear(x, *given[:2], EPS, given[2], normal(O, seed=5) if bias else None)
+    out.backward(torch.ones_like(out))
+    assert len(summed) == bias

@@ -232,11 +232,11 @@ def layer_norm_linear_backward(given):
     norm = (given.normal(6, grad=False), given.normal(6, grad=False), 1e-3)
     narrow, out = given.normal(18, 6, grad=False), given.normal(2, 5, 18, grad=False)
     tail, kept = given.normal(2, 2, 6, grad=False), given.normal(2, 2, 6, grad=False)
-    yield out, None, None, x, None, *norm, narrow, None, True
-    yield out, None, x, x, scale, *norm, narrow, torch.float32, False
-    yield out, None, x, x, None, *norm, narrow, torch.bfloat16, True
-    yield out[..., 6:], tail, kept, x, None, *norm, narrow, torch.bfloat16, True
-    yield out[:0], None, None, x[:0], None, *norm, narrow, None, True
+    yield out, None, None, x, None, *norm, narrow, None, True, True
+    yield out, None, x, x, scale, *norm, narrow, torch.float32, False, True
+    yield out, None, x, x, None, *norm, narrow, torch.bfloat16, True, False
+    yield out[..., 6:], tail, kept, x, None, *norm, narrow, torch.bfloat16, True, True
+    yield out[:0], None, None, x[:0], None, *norm, narrow, None, True, False
 
 
 def bias_gelu_linear(given):

@@ -209,14 +209,14 @@ def _fake(
 def _backward(
     grad_out: Tensor, grad_tail: Tensor | None, grad_residual: Tensor | None, residual: Tensor,
     scale: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, narrow: Tensor,
-    branch_dtype: torch.dtype | None, need_weight: bool,
+    branch_dtype: torch.dtype | None, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     triton = use_triton(
         grad_out, residual, scale, norm_weight, norm_bias, too_large=too_large(residual)
     )
     found = kernels.layer_norm_linear_backward(
         grad_out, grad_tail, grad_residual, residual, scale, Norm(norm_weight, norm_bias, eps),
-        narrow, branch_dtype, need_weight, triton,
+        narrow, branch_dtype, need_weight, need_bias, triton,
     )  # fmt: skip
     return (
         found.x,
@@ -224,14 +224,14 @@ def _backward(
         found.norm_weight,
         found.norm_bias,
         grad_out.new_empty(0) if found.weight is None else found.weight,
-        found.bias,
+        grad_out.new_empty(0) if found.bias is None else found.bias,
     )
 
 
 def _backward_fake(
     grad_out: Tensor, grad_tail: Tensor | None, grad_residual: Tensor | None, residual: Tensor,
     scale: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float, narrow: Tensor,
-    branch_dtype: torch.dtype | None, need_weight: bool,
+    branch_dtype: torch.dtype | None, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(narrow.dtype, torch.float32)
     norm_wide = torch.promote_types(residual.dtype, torch.float32)
@@ -242,7 +242,7 @@ def _backward_fake(
         residual.new_empty(residual.shape[2], dtype=norm_wide),
         residual.new_empty(residual.shape[2], dtype=norm_wide),
         narrow.new_empty(narrow.shape, dtype=wide) if need_weight else grad_out.new_empty(0),
-        narrow.new_empty(narrow.shape[0], dtype=wide),
+        narrow.new_empty(narrow.shape[0], dtype=wide) if need_bias else grad_out.new_empty(0),
     )
 
 
@@ -256,8 +256,8 @@ def _backward_flops(grad_out: Any, grad_tail: Any, *rest: Any, **more: Any) -> i
     out = grad_out[0] * grad_out[1] * grad_out[2]
     if grad_tail is not None:
         out += grad_tail[0] * grad_tail[1] * grad_tail[2]
-    products = 2 if rest[-1] else 1
-    return int(products * 2 * out * rest[1][2])
+    need_weight = rest[-2]
+    return int((2 if need_weight else 1) * 2 * out * rest[1][2])
 
 
 _layer_norm_linear = register(
@@ -271,7 +271,7 @@ _layer_norm_linear = register(
 _layer_norm_linear_backward = register(
     "layer_norm_linear_backward(Tensor grad_out, Tensor? grad_tail, Tensor? grad_residual,"
     " Tensor residual, Tensor? branch_scale, Tensor norm_weight, Tensor norm_bias, float eps,"
-    " Tensor narrow, ScalarType? branch_dtype, bool need_weight)"
+    " Tensor narrow, ScalarType? branch_dtype, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -307,16 +307,16 @@ def _grad(
     refuse_double_backward(ctx.name)
     residual, scale, norm_weight, norm_bias, narrow = ctx.saved_tensors
     grad_residual = grad_last if ctx.has_tail else grad_kept
+    weight_dtype, bias_dtype = ctx.dtypes
     if grad_out is None:
         shape, dtype, device = ctx.out
         grad_out = torch.zeros(shape, dtype=dtype, device=device)
     found = _layer_norm_linear_backward(
         grad_out, grad_tail if ctx.has_tail else None, grad_residual, residual, scale,
         norm_weight, norm_bias, ctx.eps, narrow, None if ctx.shared else ctx.branch_dtype,
-        ctx.needs_input_grad[6],
+        ctx.needs_input_grad[6], bias_dtype is not None,
     )  # fmt: skip
     grad_x, grad_branch, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = found
-    weight_dtype, bias_dtype = ctx.dtypes
     return (
         grad_x,
         None if ctx.branch_dtype is None else grad_x if ctx.shared else grad_branch,
