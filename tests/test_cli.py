@@ -207,8 +207,46 @@ def test_defaults(monkeypatch, capsys):
     assert (own.optim.lr, own.optim.base_lr) == (None, 1e-3)
 
 
+def test_plan(tmp_path, capsys):
+    flags = ["--model", "tiny", "--batch-size", "8", "--gpu", "l4", "--gpus", "2"]
+    picture = tmp_path / "plan.png"
+    status, text = run(
+        "plan", *flags, "--clips", "1e4", "--epochs", "3", "--plot", "--out", picture, capsys=capsys
+    )
+    assert status == 0
+    for words in ("2 x L4", "largest batch", "not yet measured", "GPU-hours", str(picture)):
+        assert words in text
+    # Three epochs of 1e4 clips by two GPUs with eight clips each.
+    assert f"{3e4 / 16:,.0f} steps" in text
+    assert Image.open(picture).width > 500
+
+    status, text = run("plan", "--config", "tiny", "--frames", "16", capsys=capsys)
+    assert status == 0
+    assert "16x64x64" in text
+    assert "the run" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpu", "h300"], "gpu must be one of"),
+        (["--batch-size", "0"], "batch must be at least 1"),
+        (["--epochs", "-1"], "epochs must be above 0"),
+        (["--image-size", "65"], "image height=65 is not a multiple of patch_size=8"),
+        (["--mask-ratio", "1.5"], "mask ratio 1.5 hides"),
+        (["--results", "nowhere"], "no folder of results at nowhere"),
+        (["--plot", "--out", "nowhere/plan.png"], "nowhere"),
+    ],
+)
+def test_plan_errors_are_one_line(flags, words, capsys):
+    status, text = run("plan", "--model", "tiny", *flags, capsys=capsys)
+    assert status == 1
+    (line,) = [line for line in text.splitlines() if line.startswith("vmae-fast: ")]
+    assert words in line
+
+
 def test_help_and_env(capsys):
-    for args in ([], ["--help"], ["pretrain", "--help"], ["reconstruct", "--help"]):
+    for args in ([], ["--help"], *([one, "--help"] for one in ("pretrain", "plan", "reconstruct"))):
         status, text = run(*args, capsys=capsys)
         assert status == (0 if args else 2)
         assert "usage" in text

@@ -1,4 +1,4 @@
-"""The command line: vmae-fast pretrain | reconstruct | env."""
+"""The command line: vmae-fast pretrain | plan | reconstruct | env."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "pretrain": (_pretrain, "train a VideoMAE on a folder of videos (or on made ones)"),
+        "plan": (_plan, "say what a run takes: memory, largest batch, time, GPU-hours"),
         "reconstruct": (_reconstruct, "show what a checkpoint makes of a masked video"),
         "env": (_env, "print versions, devices, backends and decoders"),
     }
@@ -130,6 +131,7 @@ def _report(config: Any, result: Any) -> int:
         print(f"go on with: vmae-fast pretrain --out {result.path} --resume")
         return 128 + result.signal
     written = [("checkpoint", result.checkpoint), ("metrics", result.path / "metrics.jsonl")]
+    written += zip(("profile trace", "profile summary"), result.profile, strict=False)
     written += _pictures(config, result)
     if result.val_loss is not None:
         _print_held_out(result.val_loss, result.val_zero_prediction, config.run.target)
@@ -166,6 +168,16 @@ def _pictures(config: Any, result: Any) -> list[tuple[str, Path]]:
     ]
     sheet = save_contact_sheet(result.path / "reconstruction.png", pictures)
     return [("loss curve", curve), ("reconstruction", sheet)]
+
+
+# ---- plan ---------------------------------------------------------------------------------
+
+
+def _plan(args: list[str]) -> int:
+    from vmae_fast.plan_command import run
+
+    source, rest = _take_option(args, "--config")
+    return run(source, rest)
 
 
 # ---- reconstruct --------------------------------------------------------------------------

@@ -4,12 +4,13 @@ Importing this needs no more than the models do; what a run writes and reads wit
 tensorboard, tqdm, PyAV) is imported when it starts.
 """
 
-from .config import ConfigError, PretrainConfig, Schedule, load_config
+from .config import ConfigError, ModelSettings, PretrainConfig, Schedule, load_config
 from .inputs import RunError
 from .loop import RunResult, pretrain
 
 __all__ = [
     "ConfigError",
+    "ModelSettings",
     "PretrainConfig",
     "RunError",
     "RunResult",
