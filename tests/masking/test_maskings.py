@@ -227,6 +227,9 @@ SETTINGS = [
     (GRID_14, "random", 0.75, 0.0),
     (GRID_14, "tube", 0.9, 0.5),
     ((6, 4, 4), "random", 0.5, 0.75),
+    (GRID_14, "frame", 0.5, 0.75),
+    (GRID_14, "tube", 0.9, 0.5, "frame"),
+    (GRID_14, "frame", 0.9, 0.5, "random"),
 ]
 
 
@@ -340,7 +343,7 @@ def test_phases_are_uniform_and_independent_of_the_visible_positions():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((GRID_14, "cube"), r"mask kind must be one of \('tube', 'random'\), got 'cube'"),
+        ((GRID_14, "cube"), r"kind must be one of \('tube', 'random', 'frame'\), got 'cube'"),
         ((GRID_14, "tube", 1.0), "mask ratio 1.0 hides 196 of 196 positions of a row; at least"),
         ((GRID_14, "tube", 0.005), "mask ratio 0.005 hides 0 of 196 positions of a row"),
         ((GRID_14, "random", 1.0), "mask ratio 1.0 hides 1568 of 1568 tokens"),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vmae_fast import SIZES, VideoMAE, VideoMAEConfig
+from vmae_fast import SIZES, Masking, VideoMAE, VideoMAEConfig
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,33 @@ def test_unknown_size_and_settings():
 def test_dict_round_trip_through_json():
     config = VideoMAEConfig.of(
         "small", image_size=(96, 64), in_channels=2, image_mean=(0.1, 0.2), image_std=(0.3, 0.4),
-        mlp_dim=100, mask_kind="random", decoder_mask_ratio=0.5, drop_path=0.1,
+        mlp_dim=100, mask_kind="random", decoder_mask_ratio=0.4, decoder_mask_kind="frame",
+        drop_path=0.1,
     )  # fmt: skip
     assert VideoMAEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     default = VideoMAEConfig()
     assert VideoMAEConfig.from_dict(json.loads(json.dumps(default.to_dict()))) == default
     assert hash(VideoMAEConfig.from_dict(default.to_dict())) == hash(default)
+
+
+def test_a_dict_from_before_a_setting_takes_its_default():
+    """Checkpoints written before decoders had kinds of masks hold the running cell's."""
+    older = VideoMAEConfig(decoder_mask_ratio=0.5).to_dict()
+    del older["decoder_mask_kind"]
+    config = VideoMAEConfig.from_dict(older)
+    assert config.masking == Masking((8, 14, 14), "tube", 0.9, 0.5, "running_cell")
+
+
+def test_masking_follows_the_settings():
+    config = VideoMAEConfig.of(
+        "giant", mask_kind="random", mask_ratio=0.8, decoder_mask_ratio=0.6,
+        decoder_mask_kind="frame",
+    )  # fmt: skip
+    assert config.masking == Masking((8, 16, 16), "random", 0.8, 0.6, "frame")
+    # Settings that fit no mask are refused where one is asked for.
+    wrong = VideoMAEConfig(decoder_mask_ratio=0.6)
+    with pytest.raises(ValueError, match=r"decoder mask ratio must be 0, 0\.5 or 0\.75"):
+        _ = wrong.masking
 
 
 def test_overrides_of_a_config():

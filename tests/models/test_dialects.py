@@ -156,11 +156,13 @@ def test_args_of_any_kind(tmp_path, args):
 
 def test_settings_in_args_are_taken(tmp_path):
     args = argparse.Namespace(
-        num_frames=8, input_size=32, mask_ratio=0.8, decoder_mask_ratio=0.5, normlize_target=False
-    )
+        num_frames=8, input_size=32, mask_ratio=0.8, decoder_mask_ratio=0.5, normlize_target=False,
+        mask_type="random", decoder_mask_type="run_cell",
+    )  # fmt: skip
     torch.save({"model": published_names(their_pretraining()), "args": args}, tmp_path / "f.pth")
     config = VideoMAE.from_pretrained(tmp_path / "f.pth", **HEADS).config
     assert (config.mask_ratio, config.decoder_mask_ratio, config.norm_pix) == (0.8, 0.5, False)
+    assert (config.mask_kind, config.decoder_mask_kind) == ("random", "running_cell")
     # The caller has the last word on what does not change the weights' meaning.
     other = VideoMAE.from_pretrained(tmp_path / "f.pth", **HEADS, mask_ratio=0.5, norm_pix=True)
     assert (other.config.mask_ratio, other.config.norm_pix) == (0.5, True)
@@ -254,6 +256,12 @@ def small_model(**settings):
     [
         {},
         {"mask_ratio": 0.75, "decoder_mask_ratio": 0.5, "norm_pix": False},
+        {
+            "mask_kind": "random",
+            "mask_ratio": 0.75,
+            "decoder_mask_ratio": 0.3,
+            "decoder_mask_kind": "random",
+        },
         {"qkv_bias": False},
         {"in_channels": 1, "patch_size": (8, 4)},
         FINE_TUNED,
@@ -282,7 +290,8 @@ def test_published_round_trip(tmp_path, settings):
     again = VideoMAE.from_pretrained(file)
     assert same_weights(again, model)
     fields = ("frames", "image_size", "patch_size", "heads", "mask_ratio", "decoder_mask_ratio",
-              "norm_pix", "qkv_bias", "final_norm", "num_classes", "decoder_depth")  # fmt: skip
+              "mask_kind", "decoder_mask_kind", "norm_pix", "qkv_bias", "final_norm",
+              "num_classes", "decoder_depth")  # fmt: skip
     if model.decoder is None:
         fields = [f for f in fields if "mask" not in f and f != "norm_pix"]
     for field in fields:

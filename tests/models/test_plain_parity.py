@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import randomise
-from plain_videomae import PlainVideoMAE, plain_loss
+from plain_videomae import PlainVideoMAE, plain_loss, sdpa, written_out
 
 from vmae_fast import VideoMAE, clip_keys
 from vmae_fast.models import VideoMAEConfig
@@ -22,6 +22,12 @@ CASES = {
     "v2_0.75": {"decoder_mask_ratio": 0.75, "init_values": 0.1, "decoder_depth": 1},
     # As many scored tokens differ by clip: the mask has weights.
     "v2_random": {"decoder_mask_ratio": 0.5, "mask_kind": "random", "mask_ratio": 0.7},
+    "v2_frame": {"decoder_mask_ratio": 0.25, "decoder_mask_kind": "frame"},
+    "v2_frame_random": {
+        "mask_kind": "frame",
+        "decoder_mask_ratio": 0.3,
+        "decoder_mask_kind": "random",
+    },
     "layer_scale": {"init_values": 0.1, "norm_pix": False},
     "giant_like": {"mlp_dim": 105, "decoder_mlp_dim": 87, "norm_eps": 1e-3},
     "no_bias": {"qkv_bias": False, "final_norm": False, "decoder_norm_eps": 1e-4},
@@ -41,10 +47,11 @@ def test_loss_and_gradients(settings, pixels):
     if pixels == "normalised":
         video = (video.double() / 255).transpose(3, 4).contiguous().transpose(3, 4)
     mask = model.masking(clip_keys(0, 1, torch.arange(3)))
-    assert (mask.scored is not None) == ("mask_kind" in settings)
+    assert (mask.scored is not None) == ("random" in settings.values())
 
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    loss = plain_loss(weights, config, video, mask, sdpa=pixels == "uint8")
+    attend = sdpa if pixels == "uint8" else written_out
+    loss = plain_loss(weights, config, video, mask, attend=attend)
     loss.backward()
     got = model(video, mask).loss
     got.backward()

@@ -106,6 +106,8 @@ V2_CASES = {
     "v1_random": {"mask_kind": "random"},
     "half": {"decoder_mask_ratio": 0.5},
     "three_quarters": {"decoder_mask_ratio": 0.75},
+    "decoder_frame": {"decoder_mask_ratio": 0.25, "decoder_mask_kind": "frame"},
+    "decoder_random": {"decoder_mask_ratio": 0.5, "decoder_mask_kind": "random"},
     "random_half": {"mask_kind": "random", "decoder_mask_ratio": 0.5},
     "random_three_quarters": {"mask_kind": "random", "decoder_mask_ratio": 0.75},
     "six_rows": {"frames": 6, "decoder_mask_ratio": 0.5},
@@ -308,13 +310,21 @@ def test_mask_token_takes_no_weight_decay():
     assert dict(model.named_parameters())["mask_token"].dim() > 1
 
 
+def test_a_checkpoint_keeps_the_decoders_masks(tmp_path):
+    model = small_model(
+        mask_kind="frame", decoder_mask_ratio=0.3, decoder_mask_kind="random", patch_size=8
+    )
+    again = VideoMAE.from_pretrained(model.save_pretrained(tmp_path))
+    assert again.masking == Masking((8, 3, 4), "frame", 0.8, 0.3, "random")
+    for mine, theirs in zip(*(drawn_mask(each).decode_idx for each in (model, again)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 # ---- ways to run it -----------------------------------------------------------------------
 
 
 def drawn_mask(model, batch=3):
-    config = model.config
-    masking = Masking(config.grid, config.mask_kind, config.mask_ratio, config.decoder_mask_ratio)
-    return masking(clip_keys(0, 0, torch.arange(batch)))
+    return model.masking(clip_keys(0, 0, torch.arange(batch)))
 
 
 @pytest.fixture
@@ -327,8 +337,12 @@ def fresh_dynamo():
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"decoder_mask_ratio": 0.5}, {"decoder_mask_ratio": 0.5, "mask_kind": "random"}],
-    ids=["v1", "v2", "v2_random"],
+    [
+        {},
+        {"decoder_mask_ratio": 0.5},
+        {"decoder_mask_ratio": 0.5, "mask_kind": "random", "decoder_mask_kind": "frame"},
+    ],
+    ids=["v1", "v2", "v2_random_frame"],
 )
 @pytest.mark.parametrize("given", [True, False], ids=["mask", "drawn"])
 def test_compiles_whole(settings, given):

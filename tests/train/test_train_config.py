@@ -5,7 +5,10 @@ import itertools
 import math
 
 import pytest
+import tyro
+from tyro.conf import OmitArgPrefixes
 
+from vmae_fast import Masking
 from vmae_fast.train import ConfigError, PretrainConfig, Schedule, load_config
 from vmae_fast.train.optimizer import learning_rate
 
@@ -13,6 +16,7 @@ from vmae_fast.train.optimizer import learning_rate
 def test_toml_round_trip(tmp_path):
     config = PretrainConfig()
     config.model.model = "small"
+    config.model.mask_kind, config.model.decoder_mask_kind = "frame", "random"
     config.optim.lr = 3e-4
     config.data.data = 'a "quoted" folder'
     config.run.out = "somewhere"
@@ -32,7 +36,11 @@ def test_toml_round_trip(tmp_path):
         ("[data]\nflip = 1", "flip must be bool, got 1"),
         ("[optim]\nsteps = true", "steps must be int, got True"),
         ("[run]\nprecision = 'fp8'", "must be 'auto', 'fp32', 'bf16', got 'fp8'"),
-        ("[model]\nmask_kind = 'cube'", "must be 'tube', 'random', got 'cube'"),
+        ("[model]\nmask_kind = 'cube'", "must be 'tube', 'random', 'frame', got 'cube'"),
+        (
+            "[model]\ndecoder_mask_kind = 'cell'",
+            "must be 'running_cell', 'frame', 'random', got 'cell'",
+        ),
         ("[optim", "is not TOML"),
         ("optim = 3", "is a table"),
     ],
@@ -42,6 +50,28 @@ def test_bad_toml_is_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(file)
+
+
+def test_kinds_of_masks_reach_the_model(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(
+        "[model]\nmodel = 'tiny'\nmask_kind = 'frame'\nmask_ratio = 0.5\n"
+        "decoder_mask_ratio = 0.3\ndecoder_mask_kind = 'random'\n"
+    )
+    masking = load_config(file).model.build(None).masking
+    assert masking == Masking((4, 8, 8), "frame", 0.5, 0.3, "random")
+    given = ["--decoder-mask-kind", "frame", "--decoder-mask-ratio", "0.5", "--mask-kind", "tube"]
+    flags = tyro.cli(OmitArgPrefixes[PretrainConfig], default=load_config(file), args=given)
+    assert flags.model.build(None).masking == Masking((4, 8, 8), "tube", 0.5, 0.5, "frame")
+
+
+def test_masks_that_leave_nothing_to_score_are_an_error_of_the_config():
+    config = PretrainConfig()
+    config.model = dataclasses.replace(
+        config.model, model="tiny", decoder_mask_ratio=0.9, decoder_mask_kind="random"
+    )
+    with pytest.raises(ConfigError, match=r"decodes 26 tokens, but the encoder sees 28"):
+        config.model.build(None)
 
 
 def test_missing_files_and_recipes():

@@ -127,15 +127,14 @@ class Masking:
         """Decoded tokens that the encoder saw; None where the number differs by clip."""
         if not self.decoder_ratio:
             return 0
-        if self.kind != "tube":
-            return None
         t, h, w = self.grid
+        if self.decoder_kind == "running_cell":
+            # Each row decodes as many tokens; over four rows so does each position.
+            same = self.kind == "frame" or (self.kind == "tube" and t % 4 == 0)
+            return round(self.num_visible * (1 - self.decoder_ratio)) if same else None
         # Under a tube mask as many positions are visible in each row.
-        if self.decoder_kind == "frame":
+        if self.kind == "tube" and self.decoder_kind == "frame":
             return self.num_visible // t * (self.num_decoded // (h * w))
-        # Over four rows of tubelets every position is decoded equally often.
-        if self.decoder_kind == "running_cell" and t % 4 == 0:
-            return round(self.num_visible * (1 - self.decoder_ratio))
         return None
 
     def __call__(self, key: Tensor) -> Mask:

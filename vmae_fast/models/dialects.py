@@ -87,6 +87,9 @@ _VIDEOMAE_FINETUNED = (
     ("head.", "classifier.head."),
 )
 _VIDEOMAE_PRETRAINING = (("encoder.patch_embed.proj.", "encoder.patch_embed."),)
+# Kinds of masks by the names in their args; where they spell one otherwise.
+_VIDEOMAE_KINDS = {"mask_type": "mask_kind", "decoder_mask_type": "decoder_mask_kind"}
+_VIDEOMAE_SPELT = {"run_cell": "running_cell"}
 # What the function depends on and neither their weights nor their args say. Their code has one
 # value for each; models that differ are read back here as they were.
 _VIDEOMAE_EXTRAS = (
@@ -119,6 +122,9 @@ def from_videomae(
         **{name: name for name in _VIDEOMAE_EXTRAS},
     }
     hints = {mine: args[theirs] for theirs, mine in wanted.items() if args.get(theirs) is not None}
+    for theirs, mine in _VIDEOMAE_KINDS.items():
+        if args.get(theirs) is not None:
+            hints[mine] = _VIDEOMAE_SPELT.get(args[theirs], args[theirs])
     if not pretraining:
         # The rest is about pretraining.
         kept = ("frames", "image_size", *_VIDEOMAE_EXTRAS)
@@ -132,12 +138,17 @@ def to_videomae(
     """Our names to MCG-NJU's and OpenGVLab's, and an ``args`` record with the grid."""
     stems = _VIDEOMAE_PRETRAINING if config.decoder_depth else _VIDEOMAE_FINETUNED
     back = [(ours, theirs) for theirs, ours in stems]
+    spelt = {mine: theirs for theirs, mine in _VIDEOMAE_SPELT.items()}
     args: dict[str, Any] = {
         "num_frames": config.frames,
         "input_size": _one_number("image_size", config.size),
         "mask_ratio": config.mask_ratio,
         "decoder_mask_ratio": config.decoder_mask_ratio,
         "normlize_target": config.norm_pix,
+        **{
+            theirs: spelt.get(getattr(config, mine), getattr(config, mine))
+            for theirs, mine in _VIDEOMAE_KINDS.items()
+        },
         **{name: getattr(config, name) for name in _VIDEOMAE_EXTRAS},
     }
     return {_restem(name, back): tensor for name, tensor in state.items()}, args
