@@ -8,44 +8,52 @@ Run as a script it prints the peak memory of a step in a process of its own:
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from plain_videomae import PlainVideoMAE
+from plain_videomae import PlainVideoMAE, sdpa
 from timing import peak_memory_bytes
 
-from vmae_fast import VideoMAE
+from vmae_fast import VideoMAE, VideoMAEConfig
 
 CLIPS = 2
 
 
-# Hugging Face's class, by how it computes attention and whether it is compiled.
+# Hugging Face's class, by how it computes attention and what of it is compiled. Blocks of one
+# shape are compiled once, the whole model block by block: many times as long for a deep one.
 PEERS = {
-    "huggingface_eager": ("eager", False),
-    "huggingface": ("sdpa", False),
-    "huggingface_compiled": ("sdpa", True),
+    "huggingface_eager": ("eager", None),
+    "huggingface": ("sdpa", None),
+    "huggingface_compiled": ("sdpa", "model"),
+    "huggingface_compiled_blocks": ("sdpa", "blocks"),
 }
-# Its names of our settings.
-_THEIRS = {
-    "frames": "num_frames",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "decoder_width": "decoder_hidden_size",
-    "decoder_depth": "decoder_num_hidden_layers",
-    "decoder_heads": "decoder_num_attention_heads",
-    "decoder_mlp_dim": "decoder_intermediate_size",
+# Our settings by its names. It has square tubelets only.
+_THEIRS: dict[str, Callable[[VideoMAEConfig], Any]] = {
+    "num_frames": lambda config: config.frames,
+    "image_size": lambda config: config.size,
+    "num_channels": lambda config: config.in_channels,
+    "patch_size": lambda config: config.tubelet[1],
+    "tubelet_size": lambda config: config.tubelet_size,
+    "hidden_size": lambda config: config.width,
+    "num_hidden_layers": lambda config: config.depth,
+    "num_attention_heads": lambda config: config.heads,
+    "intermediate_size": lambda config: config.encoder_hidden,
+    "decoder_hidden_size": lambda config: config.decoder_width,
+    "decoder_num_hidden_layers": lambda config: config.decoder_depth,
+    "decoder_num_attention_heads": lambda config: config.decoder_heads,
+    "decoder_intermediate_size": lambda config: config.decoder_hidden,
+    "qv_bias": lambda config: config.qkv_bias,
+    "layer_norm_eps": lambda config: config.norm_eps,
+    "norm_pix_loss": lambda config: config.norm_pix,
 }
 
 
 def step_of(
     contender: str, precision: str, *, device: str = "cpu", clips: int = CLIPS, **settings: Any
 ) -> Callable[[], None]:
-    """Forward and backward of the base model on some clips, V1 masks; gradients are dropped.
+    """Forward and backward of a model on some clips; gradients are dropped.
 
     All read the same normalised float video, the only kind Hugging Face's takes.
 
@@ -54,7 +62,7 @@ def step_of(
         precision: "fp32", or "bf16" for autocast.
         device: where.
         clips: how many.
-        **settings: of the model where they are not base's.
+        **settings: as of :func:`made`.
     """
     model, inputs = made(contender, device, clips, **settings)
 
@@ -90,37 +98,58 @@ def autocast(device: str, precision: str) -> torch.autocast:
 
 
 def made(
-    contender: str, device: str, clips: int, **settings: Any
+    contender: str, device: str, clips: int, *, size: str | VideoMAEConfig = "base", **settings: Any
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A contender's model, and what it is called with."""
-    # Shapes and masks alone: a model of ours beside Hugging Face's would count as its memory.
-    with torch.device("meta"):
-        double = VideoMAE("base", **settings)
-    config = double.config
+    """A contender's model, and what it is called with.
+
+    Args:
+        contender: as of :func:`step_of`.
+        device: where.
+        clips: how many.
+        size: of SIZES, or a config.
+        **settings: of the model where they are not the size's.
+
+    Raises:
+        ValueError: Hugging Face's class does not do what the settings say.
+    """
+    config = VideoMAEConfig.of(size, **settings)
     torch.manual_seed(0)
-    shape = (clips, config.in_channels, config.frames, *config.size)
-    video = torch.randn(shape, device=device)
-    mask = double.masking(torch.arange(clips, device=device))
+    video = torch.randn(clips, config.in_channels, config.frames, *config.size, device=device)
+    mask = config.masking(torch.arange(clips, device=device))
     if contender in PEERS:
-        model = _huggingface(*PEERS[contender], **settings).to(device)
+        model = _huggingface(config, device, *PEERS[contender])
         pixels = video.transpose(1, 2).contiguous()
         return model, {"pixel_values": pixels, "bool_masked_pos": mask.to_bool()}
-    ours = VideoMAE("base", **settings).to(device)
-    model = PlainVideoMAE(ours, sdpa=True) if contender == "plain" else ours
+    with torch.device(device):
+        ours = VideoMAE(config)
+    model = PlainVideoMAE(ours, attend=sdpa) if contender == "plain" else ours
     return model, {"video": video, "mask": mask}
 
 
-def _huggingface(attention: str, compiled: bool, **settings: Any) -> torch.nn.Module:
+def _huggingface(
+    config: VideoMAEConfig, device: str, attention: str, compiled: str | None
+) -> torch.nn.Module:
     import transformers
+    from transformers.models.videomae import modeling_videomae
 
-    config = transformers.VideoMAEConfig(
+    if config.decoder_mask_ratio:
+        raise ValueError("Hugging Face's class has no decoder masking (decoder_mask_ratio)")
+    theirs = transformers.VideoMAEConfig(
         use_mean_pooling=False,
         attn_implementation=attention,
-        **{_THEIRS[name]: value for name, value in settings.items()},
+        **{name: of(config) for name, of in _THEIRS.items()},
     )
-    model = transformers.VideoMAEForPreTraining(config)
-    if compiled:
-        model.compile()
+    # Made value by value in Python, which takes seconds, and only read: once for all peers.
+    table = modeling_videomae.get_sinusoid_encoding_table
+    if not hasattr(table, "cache_info"):
+        modeling_videomae.get_sinusoid_encoding_table = cache(table)
+    # There from the start: on a CPU weights for a giant take long to draw.
+    with torch.device(device):
+        model = transformers.VideoMAEForPreTraining(theirs)
+    kind = modeling_videomae.VideoMAELayer
+    blocks = [module for module in model.modules() if isinstance(module, kind)]
+    for module in {None: [], "model": [model], "blocks": blocks}[compiled]:
+        module.compile()
     return model
 
 
@@ -161,14 +190,18 @@ def peak_memory_mib(contender: str, precision: str) -> dict[str, float]:
         library buffers included; differs by some percent from run to run. Linux only (ru_maxrss
         would start at the peak of the process that started this one).
     """
-    step = step_of(contender, precision)
-    before = _status_mib("VmRSS")
+    step, seen_mib = step_of(contender, precision), []
+    before_mib = _status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     step()
-    step()
-    resident = _status_mib("VmHWM") - before
-    tensors = peak_memory_bytes(step, torch.device("cpu")) / 2**20
-    return {"tensors": tensors, "resident": resident}
+
+    def noted() -> None:
+        step()
+        seen_mib.append(_status_mib("VmHWM") - before_mib)
+
+    # Calls it twice, and watches the second time, which is not to count as resident.
+    tensors = peak_memory_bytes(noted, torch.device("cpu")) / 2**20
+    return {"tensors": tensors, "resident": seen_mib[0]}
 
 
 def _status_mib(name: str) -> float:

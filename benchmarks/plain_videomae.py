@@ -1,8 +1,8 @@
 """VideoMAE as one would write it in plain PyTorch: what the fast path is compared with.
 
 Nothing here comes from vmae_fast's ops or modules. Every tubelet is embedded and the masked ones
-thrown away, attention is a softmax of a product, and the decoder works on all decoded tokens to
-its very end, those that carry no loss included.
+thrown away, attention is a softmax of a product unless told otherwise, the decoder's blocks work on
+all tokens to the very end, and the head on all decoded ones, those that carry no loss included.
 
 Shapes: B clips, N tokens, V visible, M decoded, D width, H heads, K head width, P values of a
 tubelet.
@@ -10,6 +10,7 @@ tubelet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,13 +23,37 @@ from vmae_fast import Mask, VideoMAE
 from vmae_fast.models import VideoMAEConfig
 
 Weights = dict[str, Tensor]
+# From packed qkv (B, N, 3 * H * K) and H to (B, N, H * K).
+Attend = Callable[[Tensor, int], Tensor]
 
 # Added to a target tubelet's standard deviation.
 STD_EPS = 1e-6
 
 
+def written_out(qkv: Tensor, heads: int) -> Tensor:
+    """Attention as a softmax of a product, whose weights are kept."""
+    q, k, v = by_head(qkv, heads)
+    weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def sdpa(qkv: Tensor, heads: int) -> Tensor:
+    """Attention by PyTorch's fused function."""
+    return F.scaled_dot_product_attention(*by_head(qkv, heads)).transpose(1, 2).flatten(2)
+
+
+def by_head(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """``(B, N, 3 * H * K)`` to three of ``(B, H, N, K)``."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
 def plain_loss(
-    weights: Weights, config: VideoMAEConfig, video: Tensor, mask: Mask, *, sdpa: bool = False
+    weights: Weights,
+    config: VideoMAEConfig,
+    video: Tensor,
+    mask: Mask,
+    *,
+    attend: Attend = written_out,
 ) -> Tensor:
     """Loss of a VideoMAE with these weights.
 
@@ -37,7 +62,7 @@ def plain_loss(
         config: its settings; drop path is not drawn.
         video: ``(B, C, T, H, W)``; uint8, or floating point and normalised already.
         mask: visible, decoded and scored tokens.
-        sdpa: attention by F.scaled_dot_product_attention instead of a softmax written out.
+        attend: computes attention, :func:`written_out`, :func:`sdpa` or another.
 
     Returns:
         A scalar, in the weights' dtype.
@@ -60,7 +85,7 @@ def plain_loss(
     x = x.flatten(2).transpose(1, 2) + positions(config.num_tokens, config.width, x.device)
     x = picked(x, mask.visible_idx)
     for index in range(config.depth):
-        x = block(weights, f"encoder.blocks.{index}.", x, config.heads, eps, sdpa)
+        x = block(weights, f"encoder.blocks.{index}.", x, config.heads, eps, attend)
     if config.final_norm:
         x = norm(weights, "encoder.norm.", x, eps)
 
@@ -75,9 +100,9 @@ def plain_loss(
         dim=1,
     )
     for index in range(config.decoder_depth):
-        x = block(weights, f"decoder.blocks.{index}.", x, config.decoder_heads, eps, sdpa)
-    x = norm(weights, "decoder.norm.", x, config.decoder_norm_eps)
-    pred = linear(weights, "decoder.head.", x)[:, visible.shape[1] :]
+        x = block(weights, f"decoder.blocks.{index}.", x, config.decoder_heads, eps, attend)
+    x = norm(weights, "decoder.norm.", x[:, visible.shape[1] :], config.decoder_norm_eps)
+    pred = linear(weights, "decoder.head.", x)
 
     target = picked(targets(pixels, config), mask.decode_idx)
     error = (pred - target).square().mean(dim=2)
@@ -96,41 +121,36 @@ class PlainVideoMAE(nn.Module):
 
     Args:
         model: holds the parameters, and is not called.
-        sdpa: as in :func:`plain_loss`.
+        attend: as in :func:`plain_loss`.
     """
 
-    def __init__(self, model: VideoMAE, *, sdpa: bool = False) -> None:
+    def __init__(self, model: VideoMAE, *, attend: Attend = written_out) -> None:
         super().__init__()
-        self.held, self.config, self.masking, self.sdpa = model, model.config, model.masking, sdpa
+        self.held, self.config, self.masking = model, model.config, model.masking
+        self.attend = attend
 
     def forward(self, video: Tensor, mask: Mask) -> PlainOutput:
         """The loss of a batch, as VideoMAE's ``forward``."""
         weights = dict(self.held.named_parameters())
-        return PlainOutput(plain_loss(weights, self.config, video, mask, sdpa=self.sdpa))
+        return PlainOutput(plain_loss(weights, self.config, video, mask, attend=self.attend))
 
 
-def block(weights: Weights, at: str, x: Tensor, heads: int, eps: float, sdpa: bool) -> Tensor:
+def block(weights: Weights, at: str, x: Tensor, heads: int, eps: float, attend: Attend) -> Tensor:
     """One pre-norm transformer block, ``(B, N, D)``."""
-    branch = attention(weights, f"{at}attn.", norm(weights, f"{at}norm1.", x, eps), heads, sdpa)
+    branch = attention(weights, f"{at}attn.", norm(weights, f"{at}norm1.", x, eps), heads, attend)
     x = x + scaled(weights, f"{at}gamma_1", branch)
     hidden = linear(weights, f"{at}mlp.fc1.", norm(weights, f"{at}norm2.", x, eps))
     return x + scaled(weights, f"{at}gamma_2", linear(weights, f"{at}mlp.fc2.", F.gelu(hidden)))
 
 
-def attention(weights: Weights, at: str, x: Tensor, heads: int, sdpa: bool) -> Tensor:
+def attention(weights: Weights, at: str, x: Tensor, heads: int, attend: Attend) -> Tensor:
     """Self-attention of ``(B, N, D)``: biases on q and v, none on k."""
     bias = None
     if f"{at}q_bias" in weights:
         q_bias, v_bias = weights[f"{at}q_bias"], weights[f"{at}v_bias"]
         bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
     qkv = F.linear(x, weights[f"{at}qkv.weight"], bias)
-    # (B, N, 3 * H * K) to three of (B, H, N, K).
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    if sdpa:
-        out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        out = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3) @ v
-    return linear(weights, f"{at}proj.", out.transpose(1, 2).flatten(2))
+    return linear(weights, f"{at}proj.", attend(qkv, heads))
 
 
 def norm(weights: Weights, at: str, x: Tensor, eps: float) -> Tensor:

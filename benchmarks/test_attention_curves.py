@@ -1,8 +1,9 @@
-"""How attention grows: joint against divided over frames, and memory over tokens against eager.
+"""How attention grows: joint, divided and space-only over frames; memory over tokens against eager.
 
 The ops alone, without projections, of which divided attention has twice as many. Divided attention
-is one call along time and one across space, each with a qkv of its own, as in a block. Memory is
-the peak of one forward and backward pass above its inputs. plot_attention.py draws what is kept.
+is one call along time and one across space, each with a qkv of its own, as in a block; space-only
+attention is the latter alone. Memory is the peak of one forward and backward pass above its inputs.
+plot_attention.py draws what is kept.
 """
 
 import math
@@ -56,15 +57,20 @@ def divided(batch):
     )
 
 
+def space(batch):
+    return ops.divided_attention(batch.qkv_space, HEADS, (batch.rows, POSITIONS), "space")
+
+
 # With what of a grid gets a gradient.
-CONTENDERS = {joint: ("qkv",), divided: ("qkv", "qkv_space")}
+CONTENDERS = {joint: ("qkv",), divided: ("qkv", "qkv_space"), space: ("qkv_space",)}
 
 
 def pairs_of(contender, rows):
     """Pairs of query and key, of a clip and head."""
     if contender is joint:
         return (rows * POSITIONS) ** 2
-    return POSITIONS * rows**2 + rows * POSITIONS**2
+    across_space = rows * POSITIONS**2
+    return across_space if contender is space else POSITIONS * rows**2 + across_space
 
 
 def test_attention_curves(benchmark, record):
@@ -100,7 +106,7 @@ def ratio(by_attention, figure):
 
 
 def measure(rows):
-    """For t rows: pairs, operations, times and memory of both, interleaved."""
+    """For t rows: pairs, operations, times and memory of all, interleaved."""
     moved_bytes = case_of(rows * POSITIONS).forward_bytes(DTYPE.itemsize)
     sets = [Grid(rows, seed) for seed in range(num_sets(moved_bytes, DEVICE))]
     times = {

@@ -238,12 +238,13 @@ def test_every_target_has_its_row_and_its_figure(measured):
 def test_pairs_of_sixteen_rows():
     assert curves.pairs_of(curves.joint, 16) == 3136**2
     assert curves.pairs_of(curves.divided, 16) == 664_832
+    assert curves.pairs_of(curves.space, 16) == 614_656
 
 
-def test_joint_and_divided_are_measured_alike(monkeypatch):
+def test_all_three_attentions_are_measured_alike(monkeypatch):
     monkeypatch.setattr(curves, "POSITIONS", 9)
     by_name = {one["attention"]: one for one in curves.measure(4)}
-    for contender in (curves.joint, curves.divided):
+    for contender in (curves.joint, curves.divided, curves.space):
         one = by_name[contender.__name__]
         # Two products forward and five backward, of two operations a value.
         operations = 14 * curves.pairs_of(contender, 4) * curves.HEADS * curves.HEAD_WIDTH
@@ -274,7 +275,7 @@ def curves_file(folder):
         {"t": t, "attention": name, "tokens": t * 196, "pairs_m": pairs, "gflop": 1.0,
          "forward_ms": t * factor, "backward_ms": 2 * t * factor, "peak_mib": t}
         for t in (4, 8)
-        for name, pairs, factor in (("joint", 2.5, 3.0), ("divided", 0.3, 1.0))
+        for name, pairs, factor in (("joint", 2.5, 3.0), ("divided", 0.3, 1.0), ("space", 0.2, 0.5))
     ]  # fmt: skip
     over_tokens = [
         {"tokens": 784, "ours_mib": 6.0, "eager_mib": 22.0},
@@ -295,7 +296,7 @@ def test_the_picture_is_drawn_and_linked(tmp_path):
     plot_attention = pytest.importorskip("plot_attention", exc_type=ModuleNotFoundError)
     file = curves_file(tmp_path / "results")
     page = report.render(tmp_path / "results")
-    assert "| 1568 | 12.0 | - |" in page
+    assert "| 1,568 | 12 | - |" in page
     assert "![" not in page
     (picture,) = plot_attention.main(tmp_path / "results")
     assert picture == file.with_suffix(".png")
@@ -316,7 +317,8 @@ def test_the_panels_show_what_the_file_holds(tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist() for line in time.get_lines()}
     assert lines["joint, backward"] == [[4, 24], [8, 48]]
     assert lines["divided, forward"] == [[4, 4], [8, 8]]
-    assert len(memory.get_lines()) == 2
+    assert lines["space, backward"] == [[4, 4], [8, 8]]
+    assert len(memory.get_lines()) == 3
     (ours, eager) = growth.get_lines()
     assert ours.get_xydata().tolist() == [[784, 6], [1568, 12]]
     # Where eager was left out there is no point.
