@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from vmae_fast import ops
+from vmae_fast import ops, profiling
 from vmae_fast.masking import Mask
 from vmae_fast.nn import (
     JointSpaceTimeBlock,
@@ -63,7 +63,21 @@ def _blocks(
     )
 
 
-def _through(block: nn.Module, stream: Residual, *rest: Any) -> Residual:
+def _through(part: str, number: int, block: nn.Module, stream: Residual, *rest: Any) -> Residual:
+    """The stream after a block; its ranges have its name, by the part of the model it is in."""
+    if not profiling.enabled():
+        return _called(block, stream, *rest)
+    name = f"{part}.blocks.{number}"
+    with profiling.span(name):
+        shared = rest[1] if rest else None
+        given = profiling.backward_ends(name, *stream, *(shared or ()))
+        if shared is not None:
+            rest = (rest[0], SharedTokens(*given[3:]))
+        stream = _called(block, Residual(*given[:3]), *rest)
+        return Residual(*profiling.backward_begins(name, *stream))
+
+
+def _called(block: nn.Module, stream: Residual, *rest: Any) -> Residual:
     """The stream after a block, which may be one that was put in our block's place or around it."""
     if isinstance(block, JointSpaceTimeBlock):
         return block(stream, *rest)
@@ -109,8 +123,8 @@ class Encoder(nn.Module):
                 f"is computed in {x_BVD.dtype}"
             )
         stream = Residual(x_BVD)
-        for block in self.blocks:
-            stream = _through(block, stream)
+        for number, block in enumerate(self.blocks):
+            stream = _through("encoder", number, block, stream)
         return self.norm(stream if isinstance(self.norm, LayerNorm) else stream.sum())
 
 
@@ -163,10 +177,10 @@ class Decoder(nn.Module):
         tokens = (visible, mask_token, pos_embed, mask.visible_idx)
         stream = Residual(ops.decoder_tokens(*tokens, mask.decode_idx))
         shared = self._shared(*tokens, mask.decode_idx)
-        for number, block in enumerate(self.blocks, 1):
+        for number, block in enumerate(self.blocks):
             # Nothing reads the other tokens after the last block: they are its keys only.
-            num_queries = mask.num_scored if number == len(self.blocks) else None
-            stream = _through(block, stream, num_queries, shared)
+            num_queries = mask.num_scored if number == len(self.blocks) - 1 else None
+            stream = _through("decoder", number, block, stream, num_queries, shared)
             shared = None
         return self.norm(stream, for_product=True)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vmae_fast import profiling
+
 NAMESPACE = "vmae_fast"
 
 
@@ -31,7 +33,7 @@ def register(
     short, signature = schema.split("(", 1)
     name = f"{NAMESPACE}::{short}"
     torch.library.define(name, f"({signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "CompositeExplicitAutograd")(_without_autocast(implementation))
+    torch.library.impl(name, "CompositeExplicitAutograd")(_runner(name, implementation))
     torch.library.register_fake(name, fake)
     op = getattr(getattr(torch.ops, NAMESPACE), short)
     register_flop_formula(op)(flops or (lambda *shapes, **more: 0))
@@ -71,11 +73,20 @@ def autocasting(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would give other dtypes than the fake says; the public op has done its casts."""
+def _runner(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation in a range of the op's name, where those are on, and without autocast.
+
+    Autocast would give other dtypes than the fake says; the public op has done its casts.
+    """
 
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
+        if profiling.enabled():
+            with profiling.span(name):
+                return without_autocast(*args)
+        return without_autocast(*args)
+
+    def without_autocast(*args: Any) -> Any:
         tensor = next(arg for arg in args if isinstance(arg, Tensor))
         if not autocasting(tensor):
             return implementation(*args)

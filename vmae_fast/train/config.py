@@ -190,6 +190,8 @@ class RunSettings:
     """Steps from one line in the metrics to the next."""
     val_every: int = 1000
     """Steps from one validation to the next; one more at the end."""
+    profile: bool = False
+    """Write a trace and a summary of a few steps; with --cuda-graph auto, none are recorded."""
     target: float | None = None
     """Held-out loss over its zero prediction that this recipe should end at or below."""
 
@@ -257,13 +259,14 @@ class PretrainConfig:
     def to_toml(self) -> str:
         """The settings as TOML, those that are None left out.
 
-        So are ``resume`` and ``overwrite``: they say what was asked of one start, not what the
-        run is, and its settings are read again when it goes on.
+        So are ``resume``, ``overwrite`` and ``profile``: they say what was asked of one start, not
+        what the run is, and its settings are read again when it goes on.
         """
         import tomli_w
 
         tables = dataclasses.asdict(self)
-        del tables["run"]["resume"], tables["run"]["overwrite"]
+        for name in ("resume", "overwrite", "profile"):
+            del tables["run"][name]
         return tomli_w.dumps(
             {
                 table: {name: value for name, value in values.items() if value is not None}

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vmae_fast.data import BadFile, ClipBatch
 from vmae_fast.masking import clip_keys
 from vmae_fast.masking.hashing import combine
+from vmae_fast.profiling import span
 
 from .config import ConfigError, PretrainConfig
 from .distributed import Ranks
@@ -24,6 +25,7 @@ from .evaluate import held_out_loss
 from .inputs import RunError
 from .metrics import Metrics
 from .optimizer import learning_rate
+from .profile import WARM_UPS, ProfiledSteps, steady_steps
 from .readback import Readback
 from .setup import Setup
 from .step import NUM_FLAGS, TrainStep
@@ -42,6 +44,7 @@ class RunResult:
         val_zero_prediction: the same of predicting zeros.
         signal: number of the signal that stopped it, 0 if it came to its end.
         samples: some held-out clips (training ones where none are), uint8 ``(C, T, H, W)``.
+        profile: the trace and the summary of the steps that ``--profile`` recorded, if any.
     """
 
     path: Path
@@ -51,6 +54,7 @@ class RunResult:
     val_zero_prediction: float | None
     signal: int
     samples: list[Tensor]
+    profile: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -134,6 +138,7 @@ class Pretraining:
             setup.start_step,
             active=ranks.is_main,
         )
+        self.profile = self._profile()
 
     def train(self) -> RunResult:
         """Run to the end, or to a stop request; both end with a checkpoint.
@@ -144,7 +149,9 @@ class Pretraining:
         try:
             if self.ranks.is_main:
                 self.metrics.say(self.setup.describe())
-            step = self._loop()
+            with self.profile:
+                step = self._loop()
+                self.profile.finish(step)
         except Exception:
             # Steps done before something else failed keep their rows, where no other process has
             # to agree.
@@ -158,7 +165,23 @@ class Pretraining:
         assert checkpoint is not None
         loss, zero = self.val or (None, None)
         samples = setup.inputs.samples(setup.validation) if self.ranks.is_main else []
-        return RunResult(setup.folder.path, checkpoint, step, loss, zero, self.signal, samples)
+        return RunResult(
+            setup.folder.path, checkpoint, step, loss, zero, self.signal, samples,
+            self.profile.written,
+        )  # fmt: skip
+
+    def _profile(self) -> ProfiledSteps:
+        """Records some steps where that is asked for, on one of the processes."""
+        start, total = self.setup.start_step, self.schedule.total_steps
+        asked = self.config.run.profile and self.ranks.is_main
+        steps = steady_steps(start, total) if asked else range(0)
+        note = ""
+        if asked and not steps:
+            self.metrics.say("--profile: no step is left to record")
+        elif asked and steps.start - start < WARM_UPS:
+            note = f", not steady yet (that takes {WARM_UPS} steps)"
+            self.metrics.say(f"--profile: steps {steps.start + 1} to {steps.stop}{note}")
+        return ProfiledSteps(steps, self.ranks.device, self.setup.folder.path / "profile", note)
 
     def _loop(self) -> int:
         """All steps; returns how many are done."""
@@ -168,9 +191,12 @@ class Pretraining:
         pace = _Pace(step, self.config.optim.batch_size)
         self.model.train()
         while step < total and not self.signal:
-            report = self._step(step, batches)
+            self.profile.at(step)
+            with span("step"):
+                report = self._step(step, batches)
             step += 1
-            self._read()
+            with span("read figures"):
+                self._read()
             pace.waited_s += report.wait_s
             if self._logged(step):
                 report.pace = pace.figures(step)
@@ -179,12 +205,15 @@ class Pretraining:
             validates = bool(self.setup.inputs.val) and (step % run.val_every == 0 or step == total)
             saves = step % run.save_every == 0 or step == total
             if validates or saves or self.signal:
-                self._read(everything=True)
+                with span("read figures"):
+                    self._read(everything=True)
             self._check_bad(step)
             if validates:
-                self._validate(step)
+                with span("validate"):
+                    self._validate(step)
             if saves or self.signal:
-                self._save(step)
+                with span("save"):
+                    self._save(step)
         return step
 
     def _logged(self, step: int) -> bool:
@@ -219,7 +248,8 @@ class Pretraining:
     def _load(self, batches: Iterator[ClipBatch], report: _Report) -> tuple[Tensor, Tensor]:
         """The next micro-batch and its masks' keys, on the host; noted in ``report``."""
         before = time.perf_counter()
-        batch = next(batches)
+        with span("wait for clips"):
+            batch = next(batches)
         report.wait_s += time.perf_counter() - before
         report.paths += batch.paths
         report.bad += batch.bad

@@ -39,7 +39,10 @@ class Setup:
         torch.manual_seed(config.run.seed)
         self.model = config.model.build(resumed or config.run.init).to(ranks.device)
         self._configure(self.model)
-        self.capture = choose_capture(config.run.cuda_graph, self.model, ranks)
+        # A recorded step is one launch: its kernels show in a profile, but no range is about them.
+        launched = config.run.profile and config.run.cuda_graph == "auto"
+        setting = "off" if launched else config.run.cuda_graph
+        self.capture = choose_capture(setting, self.model, ranks)
         self.inputs = Inputs(config, self.model.config, ranks)
         self.schedule = Schedule.of(config, len(self.inputs.train), ranks.world_size)
         # The folder is taken only once nothing else can be wrong with the settings.

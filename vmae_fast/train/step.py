@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vmae_fast.models import VideoMAE
+from vmae_fast.profiling import span
 
 from .distributed import Ranks
 from .graph import Capture, is_sharded
@@ -120,13 +121,15 @@ class TrainStep:
             self.share.copy_(share, non_blocking=True)
         else:
             self.share.fill_(share)
-        self._stage(video, keys)
+        with span("copy to device"):
+            self._stage(video, keys)
         if self._capture is not None and not self._replay:
             self._record(self._capture)
         if number == 0:
             self.loss.zero_()
         if self._replay:
-            self._replay["more" if number else "first"]()
+            with span("recorded step"):
+                self._replay["more" if number else "first"]()
             return
         if number == 0:
             self._drop_gradients()
@@ -150,10 +153,11 @@ class TrainStep:
         self.lr.fill_(lr)
         if flags:
             self.flags.copy_(self._pinned(torch.tensor(flags).float()), non_blocking=True)
-        if self._replay:
-            self._replay["update"]()
-        else:
-            self._update()
+        with span("update"):
+            if self._replay:
+                self._replay["update"]()
+            else:
+                self._update()
         return self.stats
 
     def shares(self, keys: list[Tensor]) -> Tensor:
@@ -166,7 +170,8 @@ class TrainStep:
             ``(accumulate,)`` fp32 on the device. DDP averages over processes, and over all of
             them these sum to their number.
         """
-        masks = [self.model.masking(self._here(each)) for each in keys]
+        with span("masks"):
+            masks = [self.model.masking(self._here(each)) for each in keys]
         counts = torch.stack([torch.as_tensor(mask.scored_count()) for mask in masks]).float()
         total = self.ranks.sum(counts.sum())
         return counts / total * self.ranks.world_size
@@ -176,10 +181,12 @@ class TrainStep:
         return self.model.zero_prediction(self.video, self.model.masking(self.keys))
 
     def _micro_step(self) -> None:
-        mask = self.model.masking(self.keys)
-        with self.autocast():
+        with span("masks"):
+            mask = self.model.masking(self.keys)
+        with span("forward"), self.autocast():
             part = self.trained(self.video, mask).loss * self.share
-        part.backward()
+        with span("backward"):
+            part.backward()
         self.loss += part.detach()
 
     @torch.no_grad()
