@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "configs": set(),
     "profiling": set(),
     "ops": {"kernels", "_C", "profiling"},
-    "nn": {"ops"},
+    "nn": {"ops", "profiling"},
     "masking": {"nn", "ops"},
     "data": {"_files", "nn", "ops"},
     "models": {"_files", "masking", "nn", "ops", "profiling"},

@@ -8,7 +8,7 @@ import torch
 from ops.test_registered_ops import CASES, OPS, Given
 
 from vmae_fast import VideoMAE, clip_keys, profiling
-from vmae_fast.nn import JointSpaceTimeBlock
+from vmae_fast.nn import DividedSpaceTimeBlock, JointSpaceTimeBlock
 from vmae_fast.train.profile import Recorder
 from vmae_fast.train.step import TrainStep
 
@@ -335,3 +335,17 @@ def test_a_model_compiles_whole(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     assert torch.allclose(compiled(video, mask).loss, expected)
     torch.compiler.reset()
+
+
+def test_a_divided_block_has_a_range_in_either_pass():
+    block, x = DividedSpaceTimeBlock(16, 2, 32), torch.randn(1, 6, 16, requires_grad=True)
+    found = {}
+    for on in (False, True):
+        block.zero_grad()
+        with profiling.ranges() if on else nullcontext(), torch.profiler.profile() as seen:
+            (block(x, (2, 3)) ** 2).sum().backward()
+        found[on] = block.mlp.fc1.weight.grad.clone()
+        names = {event.key for event in seen.key_averages()}
+        for name in ("DividedSpaceTimeBlock", "DividedSpaceTimeBlock backward"):
+            assert (name in names) == on
+    assert torch.equal(found[False], found[True])

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vmae_fast import ops
+from vmae_fast import ops, profiling
 
 from .attention import Attention, DividedAttention
 from .linear import Linear, as_built, scaled
@@ -306,6 +306,13 @@ class DividedSpaceTimeBlock(nn.Module):
             x: tokens in t-major order.
             grid: ``(t, h, w)`` or ``(t, s)``; the rectangle that a tube mask leaves is one too.
         """
+        name = type(self).__name__
+        with profiling.span(name):
+            (x,) = profiling.backward_ends(name, x)
+            (x,) = profiling.backward_begins(name, self._run(x, grid))
+        return x
+
+    def _run(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         tokens = x[:, 1:] if self.class_token else x
         tokens, branch = self._attended(
             Residual(tokens), self.temporal_norm1, self.temporal_attn, grid
