@@ -1,7 +1,7 @@
-"""Render RESULTS.md from the result files, and from nothing else.
+"""Render RESULTS.md, and README's headline, from the result files and from nothing else.
 
-python benchmarks/report.py           write it
-python benchmarks/report.py --check   exit with 1 if it is not what the files say
+python benchmarks/report.py           write them
+python benchmarks/report.py --check   exit with 1 if they are not what the files say
 """
 
 import argparse
@@ -9,11 +9,20 @@ import json
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from headline import MissingMarker, with_headline
 from targets import CUDA, DEVICE, TARGETS
-
-Figures = dict[str, Any]
+from words import (
+    NOT_YET,
+    NOTHING,
+    Figures,
+    cell,
+    in_words,
+    number,
+    sentence,
+    table,
+    versions,
+)
 
 HERE = Path(__file__).parent
 HEAD = """# Results
@@ -21,17 +30,28 @@ Rendered by `python benchmarks/report.py` from the files under `results/`; not t
 [NOTES.md](NOTES.md) says what was learnt from them.
 
 GB/s count the bytes that must move at least, and "copy" is the time of a copy of as many; the
-percentages are of a large copy's GB/s and of a large bf16 product's TFLOP/s, measured in the same
-process. Peers stand with their time and how many times ours is quicker; (e) marks a time that
-includes launches and waiting, since the peer cannot be captured in a CUDA graph. Those that do not
-run on the device are named after "without"; the files say why. Attention stands with the kernel
-that ran: "op" is ours, on a CPU PyTorch's within our op. Rows called "cuda" are of the CUDA C++
-kernels, with the Triton kernel, timed in the same run, as the peer "triton". MiB are "peak", the
-most that tensors take at once, or "kept", what a forward pass keeps for the backward pass.
-Whole training steps stand with clips a second, with TFLOP/s by the MACs of the papers times 6, and
-with GiB of all that a step holds at once: weights, gradients, optimiser state and activations.
+percentages are of a large copy's GB/s and of a large product's TFLOP/s, measured in the same
+process: bf16 on a GPU, fp32 on a CPU, and only of operations in the same precision. Peers stand
+with their time and how many times ours is quicker; (e) marks a time that includes launches and
+waiting, since the peer cannot be captured in a CUDA graph. Those that do not run on the device are
+named after "without"; the files say why. Attention stands with the kernel that ran: "op" is ours,
+on a CPU PyTorch's within our op. Rows called "cuda" are of the CUDA C++ kernels, with the Triton
+kernel, timed in the same run, as the peer "triton". MiB are "peak", the most that tensors take at
+once, or "kept", what a forward pass keeps for the backward pass. Whole training steps stand with
+clips a second, with TFLOP/s by the MACs of the papers times 6, and with GiB of all that a step
+holds at once: weights, gradients, optimiser state and activations.
 """
-NOTHING = "-"
+# Where what is counted is filed; all other folders are devices.
+PUBLISHED = "published"
+PUBLISHED_HEAD = """## Published tables
+
+What is counted, not timed, and so the same on every device, beside what the papers say.
+"""
+VERSIONS = ("torch", "triton", "transformers", "driver", "threads", "vector_units")
+# Of what is counted.
+VERSIONS_OF_COUNTS = ("torch",)
+# Of a file: said above its tables.
+ABOVE = ("environment", "title", "what", "missing")
 TOKEN_HEAD = [
     "op",
     "direction",
@@ -47,17 +67,26 @@ STEP_HEAD = ["step", "as", "clips", "ms", "clips/s", "TFLOP/s", "peers", "GiB", 
 
 
 def render(results: Path) -> str:
-    """The whole page for a folder of DEVICE/NAME.json."""
+    """The whole page for a folder of published/NAME.json and DEVICE/NAME.json."""
     files = {file: json.loads(file.read_text()) for file in sorted(results.glob("*/*.json"))}
+    folders = {
+        folder: {file.stem: files[file] for file in group}
+        for folder, group in groupby(files, key=lambda file: file.parent)
+    }
     parts = [HEAD]
-    for folder, group in groupby(files, key=lambda file: file.parent):
-        of_device = [(file.stem, files[file]) for file in group]
-        parts += [f"## {of_device[0][1]['environment']['device']} (`{folder.name}`)\n"]
-        parts += _token_tables([figures for _, figures in of_device if "rows" in figures])
-        for name, figures in of_device:
-            if "rows" not in figures:
+    for folder, found in sorted(folders.items(), key=lambda one: one[0].name != PUBLISHED):
+        of_ops = {name: figures for name, figures in found.items() if has_op_rows(figures)}
+        parts.append(_folder_head(folder, found))
+        parts += _token_tables(list(of_ops.values()))
+        for name, figures in found.items():
+            if name not in of_ops:
                 parts.append(_other(name, figures, folder / f"{name}.png"))
     return "\n".join([*parts, _missing(list(files.values()))])
+
+
+def has_op_rows(figures: Figures) -> bool:
+    """Whether a file holds the rows of an op or of a step, as rows.py makes them."""
+    return all({"op", "direction"} <= row.keys() for row in figures.get("rows", [{}]))
 
 
 def against(row: Figures) -> str:
@@ -97,17 +126,6 @@ def judgements(row: Figures) -> list[str]:
         f"{one['target']}: {number(one['measured'])}, {'met' if one['met'] else '**missed**'}"
         for one in row["targets"]
     ]
-
-
-def number(value: float) -> str:
-    """Three digits, without exponent."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _token_tables(files: list[Figures]) -> list[str]:
@@ -157,43 +175,51 @@ def _step_line(row: Figures) -> list[str]:
     ]
 
 
-def _origin(figures: Figures) -> str:
+def _folder_head(folder: Path, found: dict[str, Figures]) -> str:
+    if folder.name == PUBLISHED:
+        return PUBLISHED_HEAD
+    device = next(iter(found.values()))["environment"]["device"]
+    return f"## {device} (`{folder.name}`)\n"
+
+
+def _origin(figures: Figures, names: tuple[str, ...] = VERSIONS) -> str:
     """What was measured, and on what."""
     ceilings = figures.get("ceilings", {})
     reached = [f"copy {number(ceilings[key])} GB/s" for key in ["copy_gb_per_s"] if key in ceilings]
     if "matmul_tflop_per_s" in ceilings:
-        reached.append(f"bf16 product {number(ceilings['matmul_tflop_per_s'])} TFLOP/s")
-    return ". ".join([figures["what"][0].upper() + figures["what"][1:], *reached]) + (
-        f". {_versions(figures['environment'])}."
-    )
-
-
-def _versions(environment: Figures) -> str:
-    names = ("torch", "triton", "transformers", "driver", "threads", "vector_units")
-    known = [f"{name} {environment[name]}" for name in names if name in environment]
-    return ", ".join([environment["date"], f"commit {environment['commit']}", *known])
+        product = f"{ceilings.get('matmul_dtype', 'bfloat16')} product"
+        reached.append(f"{product} {number(ceilings['matmul_tflop_per_s'])} TFLOP/s")
+    origin = versions(figures["environment"], names)
+    return ". ".join([sentence(figures["what"]), *reached, f"{origin}."])
 
 
 def _other(name: str, figures: Figures, picture: Path) -> str:
     """Figures of any other benchmark: a table of its scalars, one of each list, its picture."""
-    shown = {key: value for key, value in figures.items() if key not in ("environment", "what")}
-    parts = [f"### {name}\n", f"{_origin(figures)}\n"]
+    counted = picture.parent.name == PUBLISHED
+    nothing = figures.get("missing", NOTHING)
+    heading = f"{figures['title']} (`{name}`)" if "title" in figures else name
+    origin = _origin(figures, VERSIONS_OF_COUNTS if counted else VERSIONS)
+    parts = [f"### {heading}\n", f"{origin}\n"]
     # What a picture is drawn from alone is a dict.
-    scalars = [[key, _cell(v)] for key, v in shown.items() if not isinstance(v, list | dict)]
+    shown = {k: v for k, v in figures.items() if k not in ABOVE and not isinstance(v, dict)}
+    lists = {key: value for key, value in shown.items() if _is_table(value)}
+    scalars = [[in_words(k), cell(v, nothing)] for k, v in shown.items() if k not in lists]
     if scalars:
         parts.append(table(["figure", "value"], scalars))
-    lists = [value for value in shown.values() if isinstance(value, list)]
-    parts += [table(list(rows[0]), [[*map(_cell, row.values())] for row in rows]) for rows in lists]
+    for key, rows in lists.items():
+        if len(lists) > 1:
+            parts.append(f"{sentence(in_words(key))}:\n")
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        lines = [[cell(row[c], nothing) if c in row else "" for c in columns] for row in rows]
+        parts.append(table([in_words(column) for column in columns], lines))
     if picture.exists():
         # As seen from the page, which lies beside the folder of all results.
-        parts.append(f"![{name}]({'/'.join(picture.parts[-3:])})\n")
+        parts.append(f"![{figures.get('title', name)}]({'/'.join(picture.parts[-3:])})\n")
     return "\n".join(parts)
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return NOTHING
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value) and value != []
 
 
 def _missing(files: list[Figures]) -> str:
@@ -209,7 +235,7 @@ def _missing(files: list[Figures]) -> str:
             op,
             direction,
             "; ".join(target.words() for target in targets),
-            "not yet measured" + (", off by default" if op.endswith(CUDA) else ""),
+            NOT_YET + (", off by default" if op.endswith(CUDA) else ""),
         ]
         for (op, direction), targets in TARGETS.items()
         if (op, direction) not in measured
@@ -224,18 +250,28 @@ def main(
     arguments: list[str] | None = None,
     results: Path = HERE / "results",
     page: Path = HERE / "RESULTS.md",
+    readme: Path = HERE.parent / "README.md",
 ) -> int:
-    """Write the page, or compare it with the files; the exit status."""
-    parser = argparse.ArgumentParser(description="Render RESULTS.md from the result files.")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
-    text = render(results).rstrip("\n") + "\n"
-    if not parser.parse_args(arguments).check:
-        page.write_text(text)
-        return 0
-    if page.exists() and page.read_text() == text:
-        return 0
-    print(f"{page} is not what {results} says; run python benchmarks/report.py", file=sys.stderr)
-    return 1
+    """Write page and headline, or compare them with the files; the exit status."""
+    parser = argparse.ArgumentParser(description="Render RESULTS.md and README's headline.")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    check = parser.parse_args(arguments).check
+    try:
+        texts = {
+            page: render(results).rstrip("\n") + "\n",
+            readme: with_headline(readme, results),
+        }
+    except MissingMarker as error:
+        print(error, file=sys.stderr)
+        return 2
+    stale = [file for file, text in texts.items() if not file.exists() or file.read_text() != text]
+    for file in stale:
+        if check:
+            told = f"{file} is not what {results} says; run python benchmarks/report.py"
+            print(told, file=sys.stderr)
+        else:
+            file.write_text(texts[file])
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -116,8 +116,12 @@ def timed(ways, sets, moved_bytes):
     return time_ways({**ways, "copy": copy_of(moved_bytes, DEVICE)}, sets, DEVICE)
 
 
-def row_of(name, direction, ours, copy, peers, moved_bytes, flops=0):
-    """One row, from the timings of ours, of a copy of as many bytes and of the peers."""
+def row_of(name, direction, ours, copy, peers, moved_bytes, flops=0, dtype=None):
+    """One row, from the timings of ours, of a copy of as many bytes and of the peers.
+
+    The operations stand with their share of what a product reaches where ``dtype``, theirs, is
+    that of the product that was measured.
+    """
     best = ceilings(DEVICE)
     gb_per_s, tflop_per_s = moved_bytes / ours.time_ms / 1e6, flops / ours.time_ms / 1e9
     row = {
@@ -133,7 +137,7 @@ def row_of(name, direction, ours, copy, peers, moved_bytes, flops=0):
     }
     if flops:
         row |= {"flops": flops, "tflop_per_s": tflop_per_s}
-    if flops and "matmul_tflop_per_s" in best:
+    if flops and str(dtype) == f"torch.{best['matmul_dtype']}":
         row["percent_of_matmul"] = 100 * tflop_per_s / best["matmul_tflop_per_s"]
     return row
 

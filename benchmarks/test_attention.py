@@ -135,7 +135,8 @@ def measure(case, kernels, flex, left_out=()):
         of_peers = {name: times[name] for name in theirs}
         flops = case.flops(products)
         for name in ours:
-            row = row_of(name, direction, times[name], times["copy"], of_peers, moved_bytes, flops)
+            given = (times[name], times["copy"], of_peers, moved_bytes, flops, DTYPE)
+            row = row_of(name, direction, *given)
             row["speedup"] |= over_the_best(row["speedup"])
             if name.endswith(" cuda"):
                 twin = times[f"{case.name} triton"]

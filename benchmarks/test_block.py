@@ -83,13 +83,13 @@ def measure(op, name, make, moved):
     ]
 
 
-def measure_pass(direction, name, ways, make, moved_bytes, flops=0):
+def measure_pass(direction, name, ways, make, moved_bytes, flops=0, dtype=None):
     """A row: ours, the peers, each with its leaves, and a copy of as many bytes, interleaved."""
     sets = [make() for _ in range(num_sets(moved_bytes, DEVICE))]
     taken = {word: direction(way, leaves) for word, (way, leaves) in ways.items()}
     times = timed(taken, sets, moved_bytes)
     ours, copy = times.pop("ours"), times.pop("copy")
-    row = row_of(name, direction, ours, copy, times, moved_bytes, flops)
+    row = row_of(name, direction, ours, copy, times, moved_bytes, flops, dtype)
     return row | {"left_out": NOT_COMPILED}
 
 
@@ -202,12 +202,13 @@ def test_block(finish_rows, size):
     stream, parameters = batch.x.nbytes, sum(one.nbytes for one in batch.ours.parameters())
     matrices = 4 * size.width**2 + 2 * size.width * size.hidden
     linear, pairs = 2 * size.clips * size.tokens * matrices, 2 * size.values * size.tokens
-    name = f"block {size.name}"
+    counted = {
+        forward: (2 * stream + parameters, linear + 2 * pairs),
+        backward: (3 * stream + 2 * parameters, 2 * linear + 5 * pairs),
+    }
     rows = [
-        measure_pass(forward, name, ways, make, 2 * stream + parameters, linear + 2 * pairs),
-        measure_pass(
-            backward, name, ways, make, 3 * stream + 2 * parameters, 2 * linear + 5 * pairs
-        ),
+        measure_pass(direction, f"block {size.name}", ways, make, *each, size.low)
+        for direction, each in counted.items()
     ]
     kept = {word: kept_bytes(way, batch, batch.ours) for word, (way, _) in ways.items()}
     rows[0]["kept_mib"] = {word: size_bytes / 2**20 for word, size_bytes in kept.items()}

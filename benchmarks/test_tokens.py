@@ -123,10 +123,11 @@ def _measure(op, direction, peers, moved_bytes, flops, leaves, twins):
     times = timed(ways, sets, moved_bytes)
     ours, copy = times.pop("ours"), times.pop("copy")
     cuda, triton = times.pop("cuda", None), times.pop("triton", None)
-    rows = [row_of(op.__name__, direction, ours, copy, times, moved_bytes, flops)]
+    counted = (moved_bytes, flops, SIZE.dtype)
+    rows = [row_of(op.__name__, direction, ours, copy, times, *counted)]
     if cuda:
         beside, name = times | {"triton": triton}, f"{op.__name__} cuda"
-        rows.append(row_of(name, direction, cuda, copy, beside, moved_bytes, flops))
+        rows.append(row_of(name, direction, cuda, copy, beside, *counted))
     return rows
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
@@ -142,24 +143,41 @@ def _captured(calls: Sequence[Call], stream: torch.cuda.Stream) -> tuple[Call, s
 
 
 @cache
-def ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device) -> dict[str, float | str]:
     """What this machine reaches, measured once in a process.
 
     Returns:
         ``copy_gb_per_s``: a copy of 1 GiB (64 MiB on a CPU) within the device's memory, bytes
-        read and bytes written. On CUDA also ``matmul_tflop_per_s``: an 8192 x 8192 x 8192 bf16
-        product of random numbers (zeros would be faster).
+        read and bytes written. ``matmul_tflop_per_s``: a product of square matrices of random
+        numbers (zeros would be faster), 8192 wide in bf16 on CUDA, 1024 wide in fp32 on a CPU,
+        and there the quicker one of a product and the same as a 1x1 convolution.
+        ``matmul_dtype``: "bfloat16" or "float32", what the product is of; that of another dtype
+        has no share in it.
     """
-    cuda = device.type == "cuda"
-    size_bytes = 2**30 if cuda else 2**26
+    size_bytes = 2**30 if device.type == "cuda" else 2**26
     times = time_ways({"copy": copy_of(2 * size_bytes, device)}, range(2), device)
-    found = {"copy_gb_per_s": 2 * size_bytes / times["copy"].time_ms / 1e6}
-    if cuda:
-        width = 8192
-        matrices = [torch.randn(2, width, width, device=device).bfloat16() for _ in range(2)]
-        times = time_ways({"matmul": lambda ab: lambda: ab[0] @ ab[1]}, matrices, device)
-        found["matmul_tflop_per_s"] = 2 * width**3 / times["matmul"].time_ms / 1e9
-    return found
+    width, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    matrices = [torch.randn(2, width, width, device=device).to(dtype) for _ in range(2)]
+    products = time_ways(_products(device), matrices, device)
+    quickest_ms = min(timing.time_ms for timing in products.values())
+    return {
+        "copy_gb_per_s": 2 * size_bytes / times["copy"].time_ms / 1e6,
+        "matmul_tflop_per_s": 2 * width**3 / quickest_ms / 1e9,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _products(device: torch.device) -> dict[str, Callable[[Any], Call]]:
+    """Ways to multiply two square matrices: torch's, and on a CPU as a convolution too.
+
+    They are two libraries' there, and which one is quicker depends on the processor.
+    """
+    ways: dict[str, Callable[[Any], Call]] = {"matmul": lambda ab: lambda: ab[0] @ ab[1]}
+    if device.type != "cuda":
+        ways["convolution"] = lambda ab: (
+            lambda: F.conv2d(ab[0][None, :, None].permute(0, 3, 1, 2), ab[1][:, :, None, None])
+        )
+    return ways
 
 
 def copy_of(moved_bytes: int, device: torch.device) -> Callable[[Any], Call]:

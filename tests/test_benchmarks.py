@@ -14,6 +14,7 @@ import test_tokens
 import timing
 import token_peers
 import torch
+from benchmark_figures import without_count_or_share
 from helpers import PARITY_RTOL, relative_error
 from targets import CUDA_TARGETS, TARGETS, TOKEN_TARGETS, Target
 from token_batch import Batch, Size
@@ -95,6 +96,7 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_the_token_benchmarks_run_and_every_target_has_its_row(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks/test_tokens.py", "--benchmark-only"]
+    command += ["--benchmark-json", str(tmp_path / "pytest-benchmark.json")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, "-q", "-p", "no:cacheprovider", "--results", str(tmp_path)],
@@ -107,6 +109,11 @@ def test_the_token_benchmarks_run_and_every_target_has_its_row(tmp_path):
         for target in targets:
             assert isinstance(target.judge(rows[key])["met"], bool)
     assert "linear_masked_mse | forward and backward" in report.render(tmp_path)
+    told = json.loads((tmp_path / "pytest-benchmark.json").read_text())["benchmarks"]
+    assert len(told) == len(files)
+    for figures in [*files, *(one["extra_info"] for one in told)]:
+        assert not without_count_or_share(figures)
+        assert all("percent_of_matmul" in row for row in figures["rows"] if "flops" in row)
 
 
 def test_a_bound_is_met_at_its_value():
@@ -163,13 +170,14 @@ def test_another_device_does_not_count_as_measured(tmp_path):
 
 
 def test_a_stale_page_is_noticed(tmp_path, capsys):
-    results, page = tmp_path / "results", tmp_path / "RESULTS.md"
+    results, page, readme = (tmp_path / name for name in ("results", "RESULTS.md", "README.md"))
+    readme.write_text((ROOT / "README.md").read_text())
     write_result(results / "cpu", {**result(), "rows": []})
-    assert report.main(["--check"], results, page) == 1
-    assert report.main([], results, page) == 0
-    assert report.main(["--check"], results, page) == 0
+    assert report.main(["--check"], results, page, readme) == 1
+    assert report.main([], results, page, readme) == 0
+    assert report.main(["--check"], results, page, readme) == 0
     write_result(results / "cpu", result(time_ms=0.5))
-    assert report.main(["--check"], results, page) == 1
+    assert report.main(["--check"], results, page, readme) == 1
     assert "run python benchmarks/report.py" in capsys.readouterr().err
 
 
