@@ -40,8 +40,9 @@ SHARE = {
     "benchmarks": 1.0,
     "ncu": 1.0,
 }
-# A part that would get less is not started, unless it is asked for. Steps of models of four sizes,
-# some of them compiled, are guessed to take five to eight minutes: not yet measured.
+# A part that would get less is not started, unless it is asked for. Steps of models of five sizes,
+# some of them compiled, are guessed to take twelve minutes, not yet measured: what is worth most is
+# done in the first seven, and test_step_gpu.py says how to make two runs of them.
 LEAST_S = {"step": 420, "ncu": 45}
 # Parts of pytest.
 TESTS = ("tests", "step", "benchmarks")

@@ -14,7 +14,7 @@ import torch
 from attention_cases import AttentionBatch, Case
 from attention_peers import peers_of
 from rows import DEVICE, backward, forward, forward_and_backward, rounded
-from timing import num_sets, peak_memory_bytes, time_ways
+from timing import ceilings, num_sets, peak_memory_bytes, time_ways
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmae_fast import ops
@@ -88,10 +88,12 @@ def test_attention_curves(benchmark, record):
         "ours_memory_slope": ours_slope,
         "eager_memory_slope": eager_slope,
         **({"eager_left_out": left_out} if left_out else {}),
+        "ceilings": ceilings(DEVICE),
         "over_rows": over_rows,
         "over_tokens": over_tokens,
     }
     record("attention_curves", rounded(figures))
+    benchmark.extra_info.update(rounded(figures))
     assert ours_slope < MOST_OF_LINEAR
     assert eager_slope > LEAST_OF_QUADRATIC
     smallest = Grid(ROWS[0], 0)
@@ -122,15 +124,19 @@ def measure(rows):
         step = forward_and_backward(one, leaves)(sets[0])
         with FlopCounterMode(display=False) as counter:
             step()
+        gflop, best = counter.get_total_flops() / 1e9, ceilings(DEVICE)
+        both_ms = sum(times[direction][one.__name__].time_ms for direction in times)
         found.append(
             {
                 "t": rows,
                 "attention": one.__name__,
                 "tokens": rows * POSITIONS,
                 "pairs_m": pairs_of(one, rows) / 1e6,
-                "gflop": counter.get_total_flops() / 1e9,
+                "gflop": gflop,
                 "forward_ms": times[forward][one.__name__].time_ms,
                 "backward_ms": times[backward][one.__name__].time_ms,
+                # Both passes; the product is of the dtype that attention is in.
+                "percent_of_matmul": 100 * gflop / both_ms / best["matmul_tflop_per_s"],
                 "peak_mib": peak_memory_bytes(step, DEVICE) / 2**20,
             }
         )

@@ -1,27 +1,42 @@
 """The whole training step on a GPU: masks, forward, backward, fused AdamW, under bf16 autocast.
 
 Ours as a CUDA graph, launched, and compiled by torch.compile; each with a residual stream in bf16
-and in fp32, as Hugging Face's has. Its class, with torch's fused AdamW, is timed beside base V1:
-eager, with SDPA, and with SDPA compiled. It reads a normalised float video and a boolean mask that
-were made before, ours draws its masks and reads uint8.
+and in fp32, as Hugging Face's has. Its class, with torch's fused AdamW, is timed beside V1 steps:
+eager, with SDPA, and with SDPA compiled (of deep models each block by itself). It reads a
+normalised float video and a boolean mask that were made before, ours draws its masks and reads
+uint8. It has no decoder masking, and a V1 step, which decodes all hidden tokens, is no peer of a V2
+step: V2 stands alone.
 
-Steps of a case are timed in turn where all of them are held at once, else one after the other.
+Steps of a case are timed in turn where all of them are held at once, else one after the other. All
+cases are guessed to take twelve minutes: PYTEST_ADDOPTS="-k 'base or timeline'" in the environment,
+then "-k 'not base and not timeline'", makes two runs of them.
 """
 
-import gc
 import statistics
 import time
 
+import profile_step
 import pytest
 import torch
-from peers import PEERS, training_step_of
+from environment import device_name
+from peers import training_step_of
 from rows import DEVICE, judged, rounded
-from step_cases import CASES, FLOP_PER_MAC, RESIDUALS, contender, macs_per_clip, training_step
+from step_cases import (
+    CASES,
+    FLOP_PER_MAC,
+    RESIDUALS,
+    contender,
+    flops_run,
+    in_turn,
+    macs_per_clip,
+    published_peak,
+    release,
+    training_step,
+)
 from timing import CPU_ROUNDS, CUDA_ROUNDS, Timing, ceilings
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from vmae_fast.train.graph import CudaCapture
+from vmae_fast.train.profile import first_rows
 
 # Compiling, recording and the allocator settle in the first ones.
 WARM_UPS = 3
@@ -30,6 +45,8 @@ MOST_KERNELS = 40
 NAME_LENGTH = 100
 # Above this size models are not held beside each other.
 TOGETHER = ("tiny", "small", "base")
+# Steps are timed for so many seconds each, or CUDA_ROUNDS times; never fewer times than this.
+MOST_S, LEAST_ROUNDS = 2.5, 5
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -58,7 +75,7 @@ def measure(case, device, capture):
     clips = case.clips
     while True:
         try:
-            found = run(case, clips, device, capture)
+            found, left_out = run(case, clips, device, capture)
             break
         except torch.OutOfMemoryError:
             if clips == 1:
@@ -67,16 +84,22 @@ def measure(case, device, capture):
         clips //= 2
         release(device)
     release(device)
+    masks = "V2" if case.config.decoder_mask_ratio else "V1"
     what = (
-        f"{case.size}, {clips} clips, a whole step in bf16 autocast with fused AdamW, "
-        f"{'V2' if case.config.decoder_mask_ratio else 'V1'} masks"
+        f"{case.size}, {clips} clips, a whole step in bf16 autocast with fused AdamW, {masks} masks"
     )
-    rows = [judged(row) for row in rows_of(case, clips, found, ceilings(device))]
-    return {"what": what, "ceilings": rounded(ceilings(device)), "rows": rows}
+    if masks == "V2":
+        what += "; Hugging Face's class has no decoder masking"
+    if left_out:
+        what += f"; more memory than there is would be needed by {', '.join(left_out)}"
+    best = ceilings(device)
+    more = {"left_out": left_out} if left_out else {}
+    rows = [judged(row | more) for row in rows_of(case, clips, found, best)]
+    return {"what": what, "ceilings": rounded(best), "rows": rows}
 
 
 def run(case, clips, device, capture):
-    """By contender: time, and most bytes held at once."""
+    """By contender: time, and most bytes held at once; and why peers were left out, by name."""
     makers = {
         contender(launch, residual): (
             lambda launch=launch, residual=residual: training_step(
@@ -86,28 +109,39 @@ def run(case, clips, device, capture):
         for residual in RESIDUALS
         for launch in case.launches
     }
-    if case.peers:
-        makers |= {
-            name: (
-                lambda name=name: training_step_of(
-                    name, "bf16", device=str(device), clips=clips, **case.settings
-                )
+    makers |= {
+        name: (
+            lambda name=name: training_step_of(
+                name, "bf16", device=str(device), clips=clips, size=case.size, **case.settings
             )
-            for name in PEERS
-        }
-    groups = [makers] if case.size in TOGETHER else [{n: make} for n, make in makers.items()]
-    found = {}
+        )
+        for name in case.peers
+    }
+    together = case.size in TOGETHER
+    groups = [makers] if together else [{n: make} for n, make in makers.items()]
+    found, left_out = {}, {}
     for group in groups:
-        steps, peak_bytes = {}, {}
-        for name, make in group.items():
-            steps[name], peak_bytes[name] = held(make, device)
-        times = time_steps(steps, device)
-        found |= {name: (times[name], peak_bytes[name]) for name in group}
-        del steps
+        try:
+            found |= run_group(group, device)
+        except torch.OutOfMemoryError as error:
+            # Fewer clips would be no measure of a large model's own step.
+            (*others, name) = group
+            if others or name not in case.peers:
+                raise
+            left_out[name] = str(error).splitlines()[0]
         # What was compiled for one model would count against the next one's recompilations.
         torch.compiler.reset()
         release(device)
-    return found
+    return found, left_out
+
+
+def run_group(makers, device):
+    """Time and most bytes of steps that are held beside each other."""
+    steps, peak_bytes = {}, {}
+    for name, make in makers.items():
+        steps[name], peak_bytes[name] = held(make, device)
+    times = time_steps(steps, device)
+    return {name: (times[name], peak_bytes[name]) for name in makers}
 
 
 def held(make, device):
@@ -135,36 +169,30 @@ def held(make, device):
     return step, max(peak, torch.cuda.memory_reserved() - reserved)
 
 
-def release(device):
-    """Hand unused memory back to the GPU."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
 def time_steps(steps, device):
     """Median milliseconds of each step, in turn. One input: a step moves many times what L2 holds.
 
     On CUDA a step is timed while the one before it still keeps the GPU busy, as in training.
     """
-    cuda = device.type == "cuda"
+    if device.type != "cuda":
+        each_ms = in_turn(steps, CPU_ROUNDS)
+        return {name: Timing(time_ms, "perf_counter") for name, time_ms in each_ms.items()}
+    start_s = time.perf_counter()
+    for step in steps.values():
+        step()
+    torch.cuda.synchronize()
+    # Each of a round's two calls takes as long.
+    round_s = 2 * (time.perf_counter() - start_s)
+    rounds = min(CUDA_ROUNDS, max(LEAST_ROUNDS, int(MOST_S * len(steps) / round_s)))
     spans = {name: [] for name in steps}
-    for _ in range(CUDA_ROUNDS if cuda else CPU_ROUNDS):
+    for _ in range(rounds):
         for name, step in steps.items():
-            if cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                step()
-                start.record()
-                step()
-                end.record()
-                spans[name].append((start, end))
-            else:
-                start = time.perf_counter()
-                step()
-                spans[name].append(1e3 * (time.perf_counter() - start))
-    if not cuda:
-        return {n: Timing(statistics.median(each), "perf_counter") for n, each in spans.items()}
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            step()
+            start.record()
+            step()
+            end.record()
+            spans[name].append((start, end))
     torch.cuda.synchronize()
     return {
         name: Timing(
@@ -177,11 +205,15 @@ def time_steps(steps, device):
 
 def rows_of(case, clips, found, best):
     """One row for each of ours; its peers are the others of its residual stream, and theirs."""
-    flops = FLOP_PER_MAC * macs_per_clip(case.config) * clips
+    flops, run_flops = (
+        FLOP_PER_MAC * macs_per_clip(case.config) * clips,
+        flops_run(case.config, clips),
+    )
+    published = published_peak(device_name())
     rows = []
     for residual in RESIDUALS:
         mine = {launch: found[contender(launch, residual)] for launch in case.launches}
-        theirs = {name: found[name] for name in PEERS if name in found}
+        theirs = {name: found[name] for name in case.peers if name in found}
         for launch, (timing, peak_bytes) in mine.items():
             peers = {name: it for name, it in mine.items() if name != launch} | theirs
             tflop_per_s = flops / timing.time_ms / 1e9
@@ -192,7 +224,9 @@ def rows_of(case, clips, found, best):
                 "time_ms": timing.time_ms,
                 "how": timing.how,
                 "clips_per_s": 1e3 * clips / timing.time_ms,
+                # As the papers count them, which the rates are of, and as ours runs them.
                 "flops": flops,
+                "run_flops": run_flops,
                 "tflop_per_s": tflop_per_s,
                 "peak_gib": peak_bytes / 2**30,
                 "peers": {
@@ -204,8 +238,11 @@ def rows_of(case, clips, found, best):
                     name: peak_bytes / peak for name, (_, peak) in peers.items() if peak
                 },
             }
-            if "matmul_tflop_per_s" in best:
+            # Of a large product that was measured, and of what the data sheet says (MFU).
+            if best.get("matmul_dtype") == "bfloat16":
                 row["percent_of_matmul"] = 100 * tflop_per_s / best["matmul_tflop_per_s"]
+            if published:
+                row["percent_of_published_peak"] = 100 * tflop_per_s / published
             rows.append(row)
     return rows
 
@@ -213,36 +250,18 @@ def rows_of(case, clips, found, best):
 def timeline(case, device):
     """Kernels of one steady step, launched, by the time they take."""
     step = training_step(case, "launched", "bf16", case.clips, device, CudaCapture)
-    for _ in range(WARM_UPS):
-        step()
-    release(device)
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-    kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    kernels = [
-        (e.key, e.count, e.self_device_time_total if cuda else e.self_cpu_time_total)
-        for e in seen.key_averages()
-        if e.device_type == kind
-    ]
-    kernels.sort(key=lambda kernel: -kernel[2])
-    total_us = sum(taken for *_, taken in kernels)
-    rest = kernels[MOST_KERNELS:]
-    others = ("all others", sum(n for _, n, _ in rest), sum(taken for *_, taken in rest))
-    listed = [*kernels[:MOST_KERNELS], *([others] if rest else [])]
+    rows = profile_step.record(step, 1, device).kernels()
     return {
         "what": f"{case.size}, {case.clips} clips, one step, launched, bf16 residual: its kernels",
-        "total_ms": round(total_us / 1e3, 3),
+        "total_ms": round(sum(row.ms for row in rows), 3),
         "kernels": [
             {
                 # A table on a page is drawn with these.
-                "name": name.replace("|", "/")[:NAME_LENGTH],
-                "calls": calls,
-                "ms": round(taken / 1e3, 3),
-                "percent": round(100 * taken / total_us, 2),
+                "name": row.name.replace("|", "/")[:NAME_LENGTH],
+                "calls": row.calls,
+                "ms": round(row.ms, 3),
+                "percent": round(row.percent, 2),
             }
-            for name, calls, taken in listed
+            for row in first_rows(rows, MOST_KERNELS)
         ],
     }
