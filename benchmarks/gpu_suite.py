@@ -50,7 +50,7 @@ TESTS = ("tests", "step", "benchmarks")
 STEP = "benchmarks/test_step_gpu.py"
 # What a stopped pytest gets to write its report before it is killed.
 GRACE_S = 10
-MOST_LINES, MOST_FAILURES, MOST_WIDTH = 210, 20, 160
+MOST_LINES, MOST_FAILURES, MOST_WIDTH = 230, 20, 160
 # Peers of a row that are shown: the quickest.
 MOST_PEERS = 3
 

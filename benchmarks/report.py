@@ -63,7 +63,13 @@ TOKEN_HEAD = [
     "MiB",
     "targets",
 ]
-STEP_HEAD = ["step", "as", "clips", "ms", "clips/s", "TFLOP/s", "peers", "GiB", "targets"]
+STEP_HEAD = [
+    "step", "as", "clips", "ms", "clips/s", "TFLOP/s", "MFU", "peers", "GiB", "targets",
+]  # fmt: skip
+STEPS = (
+    "whole training steps in bf16 autocast with fused AdamW; MFU is of the published peak, and "
+    "Hugging Face's class, which has no decoder masking, stands beside V1 steps alone"
+)
 
 
 def render(results: Path) -> str:
@@ -131,6 +137,8 @@ def judgements(row: Figures) -> list[str]:
 def _token_tables(files: list[Figures]) -> list[str]:
     """One table for all files of the same run."""
     parts = []
+    # Steps of all models in one table, whose first columns say what each is.
+    files = [{**one, "what": STEPS} if _is_of_steps(one) else one for one in files]
     for origin, group in groupby(sorted(files, key=_origin), key=_origin):
         rows = [row for figures in group for row in figures["rows"]]
         steps = [_step_line(row) for row in rows if "clips_per_s" in row]
@@ -139,6 +147,10 @@ def _token_tables(files: list[Figures]) -> list[str]:
         parts += [table(TOKEN_HEAD, tokens)] if tokens or not steps else []
         parts += [table(STEP_HEAD, steps)] if steps else []
     return parts
+
+
+def _is_of_steps(figures: Figures) -> bool:
+    return any("clips_per_s" in row for row in figures["rows"])
 
 
 def _token_line(row: Figures) -> list[str]:
@@ -169,7 +181,8 @@ def _step_line(row: Figures) -> list[str]:
         number(row["time_ms"]) + (" (e)" if row["how"] == "events" else ""),
         number(row["clips_per_s"]),
         rates(row)[1],
-        against(row) or NOTHING,
+        f"{number(mfu)}%" if (mfu := row.get("percent_of_published_peak")) else NOTHING,
+        ", ".join(filter(None, [against(row), *refused(row)])) or NOTHING,
         ", ".join(f"{name} {number(one['peak_gib'])}" for name, one in held.items()),
         "; ".join(judgements(row)) or NOTHING,
     ]

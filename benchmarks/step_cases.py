@@ -22,8 +22,6 @@ from vmae_fast.train.optimizer import make_optimizer
 from vmae_fast.train.step import TrainStep
 
 LR = 1e-4
-# A forward pass multiplies and adds once for each MAC, a backward pass twice.
-FLOP_PER_MAC = 6
 LAUNCHES = ("graph", "launched", "compiled")
 RESIDUALS = {"bf16": torch.bfloat16, "fp32": None}
 
@@ -121,31 +119,6 @@ def training_step(
         return step.update(LR)
 
     return call
-
-
-def macs_per_clip(config: VideoMAEConfig) -> int:
-    """Multiply-accumulates of a forward pass over a clip, as the papers count them.
-
-    Matrix products alone, those of attention included; all tubelets embedded, and all decoded
-    tokens taken to the end, so that a step that leaves some of it out gets the credit.
-
-    Sources: VideoMAE V2 (arXiv 2303.16727), tables of pretraining costs.
-    """
-    tokens, masking = config.num_tokens, config.masking
-    seen, decoded = masking.num_visible, masking.num_decoded
-
-    def blocks(depth: int, count: int, width: int, hidden: int) -> int:
-        linears = count * (4 * width * width + 2 * width * hidden)
-        return depth * (linears + 2 * count * count * width)
-
-    narrow = config.decoder_width
-    return (
-        tokens * config.tubelet_values * config.width
-        + blocks(config.depth, seen, config.width, config.encoder_hidden)
-        + seen * config.width * narrow
-        + blocks(config.decoder_depth, seen + decoded, narrow, config.decoder_hidden)
-        + decoded * narrow * config.tubelet_values
-    )
 
 
 def flops_run(config: VideoMAEConfig, clips: int) -> int:

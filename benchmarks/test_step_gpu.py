@@ -23,18 +23,17 @@ from peers import training_step_of
 from rows import DEVICE, judged, rounded
 from step_cases import (
     CASES,
-    FLOP_PER_MAC,
     RESIDUALS,
     contender,
     flops_run,
     in_turn,
-    macs_per_clip,
     published_peak,
     release,
     training_step,
 )
 from timing import CPU_ROUNDS, CUDA_ROUNDS, Timing, ceilings
 
+from vmae_fast.plan import FLOP_PER_MAC, published_macs
 from vmae_fast.train.graph import CudaCapture
 from vmae_fast.train.profile import first_rows
 
@@ -67,6 +66,7 @@ def test_step(benchmark, record, case):
 def test_timeline(benchmark, record):
     figures = timeline(CASES[0], DEVICE)
     record("step_timeline", figures)
+    benchmark.extra_info.update(figures)
     benchmark.pedantic(torch.cuda.synchronize, rounds=1)
 
 
@@ -206,7 +206,7 @@ def time_steps(steps, device):
 def rows_of(case, clips, found, best):
     """One row for each of ours; its peers are the others of its residual stream, and theirs."""
     flops, run_flops = (
-        FLOP_PER_MAC * macs_per_clip(case.config) * clips,
+        FLOP_PER_MAC * published_macs(case.config) * clips,
         flops_run(case.config, clips),
     )
     published = published_peak(device_name())
@@ -251,9 +251,16 @@ def timeline(case, device):
     """Kernels of one steady step, launched, by the time they take."""
     step = training_step(case, "launched", "bf16", case.clips, device, CudaCapture)
     rows = profile_step.record(step, 1, device).kernels()
+    total_ms, best = sum(row.ms for row in rows), ceilings(device)
+    tflop = FLOP_PER_MAC * published_macs(case.config) * case.clips / 1e12
+    percent = 1e3 * tflop / total_ms / best["matmul_tflop_per_s"]
     return {
         "what": f"{case.size}, {case.clips} clips, one step, launched, bf16 residual: its kernels",
-        "total_ms": round(sum(row.ms for row in rows), 3),
+        "ceilings": rounded(best),
+        "total_ms": round(total_ms, 3),
+        "tflop": round(tflop, 3),
+        # On a CPU the product is of another dtype.
+        **({"percent_of_matmul": round(100 * percent, 1)} if device.type == "cuda" else {}),
         "kernels": [
             {
                 # A table on a page is drawn with these.

@@ -15,9 +15,9 @@ import vmae_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# cli -> (plan_command, train) -> plan -> models, and train -> (data, masking, models) -> nn -> ops -> (kernels | _C), plus: models take
-# masks, _files and profiling are below all, no model calls a kernel, the trainer names no op. ""
-# is the package itself, whose __init__ gathers what users import.
+# cli -> (plan_command, train) -> (data, plan) -> (masking, models) -> nn -> ops -> (kernels | _C),
+# plus: models take masks, _files and profiling are below all, no model calls a kernel, the trainer
+# names no op. "" is the package itself, whose __init__ gathers what users import.
 MAY_IMPORT = {
     "kernels": set(),
     "_C": set(),
