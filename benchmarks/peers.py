@@ -1,20 +1,11 @@
-"""One training step of ours, of the plain model and of Hugging Face's VideoMAE, on the same clips.
+"""One training step of ours, of the plain model and of Hugging Face's, on the same clips."""
 
-Run as a script it prints the peak memory of a step in a process of its own:
-
-    python benchmarks/peers.py {ours,plain,huggingface} {fp32,bf16}
-"""
-
-import json
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from plain_videomae import PlainVideoMAE, sdpa
-from timing import peak_memory_bytes
 
 from vmae_fast import VideoMAE, VideoMAEConfig
 
@@ -179,36 +170,3 @@ def saved_bytes(contender: str, precision: str, *, clips: int = CLIPS, **setting
         size = sum(storage.nbytes() for storage in kept.values())
         del loss
     return size
-
-
-def peak_memory_mib(contender: str, precision: str) -> dict[str, float]:
-    """Peak memory of a step, in a process of its own, above what is held with the model.
-
-    Returns:
-        ``tensors``: bytes that torch's allocator handed out at once, exact and repeatable.
-        ``resident``: what the process took from the system over two steps, fragmentation and
-        library buffers included; differs by some percent from run to run. Linux only (ru_maxrss
-        would start at the peak of the process that started this one).
-    """
-    step, seen_mib = step_of(contender, precision), []
-    before_mib = _status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-
-    def noted() -> None:
-        step()
-        seen_mib.append(_status_mib("VmHWM") - before_mib)
-
-    # Calls it twice, and watches the second time, which is not to count as resident.
-    tensors = peak_memory_bytes(noted, torch.device("cpu")) / 2**20
-    return {"tensors": tensors, "resident": seen_mib[0]}
-
-
-def _status_mib(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1]) / 1024
-
-
-if __name__ == "__main__":
-    print(json.dumps(peak_memory_mib(sys.argv[1], sys.argv[2])))

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from plot_style import BLUE, ORANGE, VERMILION, Figures, save
 
-# What is drawn of each model that is counted; in fp32 it is in the table alone.
+# Of each model that is counted.
 COLOURS = {
     "ours, bf16": BLUE,
     "plain, SDPA, bf16": ORANGE,
@@ -48,7 +48,7 @@ def draw_held(axes: Axes, rows: list[Figures]) -> None:
         for masking, (style, marker, words) in MASKINGS.items():
             values = [row[f"peak_{masking}_mb"] for row in mine]
             axes.plot(
-                range(len(mine)), values, style, marker=marker, color=colour,
+                places(rows, mine), values, style, marker=marker, color=colour,
                 label=f"{model}: {words}",
             )  # fmt: skip
     for masking, (_, _, words) in MASKINGS.items():
@@ -64,7 +64,7 @@ def draw_saved(axes: Axes, rows: list[Figures]) -> None:
     for model, colour in COLOURS.items():
         mine = of(rows, model)
         values = [row["peak_saved_mb"] for row in mine]
-        axes.plot(range(len(mine)), values, "-s", color=colour, label=model)
+        axes.plot(places(rows, mine), values, "-s", color=colour, label=model)
     scatter(axes, rows, lambda p: p["encoder_only"] - p["dual"], "black", "VideoMAE V2")
     finish(axes, rows, "Saved by dual masking", "MB a clip")
 
@@ -74,7 +74,7 @@ def draw_share(axes: Axes, rows: list[Figures]) -> None:
     for model, colour in COLOURS.items():
         mine = of(rows, model)
         values = [100 * (1 - row["peak_ratio"]) for row in mine]
-        axes.plot(range(len(mine)), values, "-s", color=colour, label=model)
+        axes.plot(places(rows, mine), values, "-s", color=colour, label=model)
     scatter(axes, rows, lambda p: 100 * (1 - p["dual"] / p["encoder_only"]), "black", "VideoMAE V2")
     finish(axes, rows, "Saved by dual masking", "percent of encoder-only")
 
@@ -82,6 +82,12 @@ def draw_share(axes: Axes, rows: list[Figures]) -> None:
 def of(rows: list[Figures], model: str) -> list[Figures]:
     """A model's rows, by size."""
     return [row for row in rows if row["model"] == model]
+
+
+def places(rows: list[Figures], mine: list[Figures]) -> list[int]:
+    """Where a model's sizes stand on the axis; it need not have all of them."""
+    sizes = [row["size"] for row in of(rows, next(iter(COLOURS)))]
+    return [sizes.index(row["size"]) for row in mine]
 
 
 def scatter(

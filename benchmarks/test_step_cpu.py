@@ -8,12 +8,8 @@ the machine.
 Hugging Face's model is compiled on a GPU only (test_step_gpu.py): compiling takes a minute here.
 """
 
-import json
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,11 +43,9 @@ def test_step(benchmark, record, precision):
     units = torch.backends.cpu.get_cpu_capability()
     if precision == "bf16" and not units.startswith(FAST_BF16):
         pytest.skip(f"a step in bf16 takes minutes without {FAST_BF16}; this processor has {units}")
-    config = VideoMAEConfig.of("base")
-    steps = {name: step_of(name, precision) for name in CONTENDERS}
     figures = {"what": f"base V1, {CLIPS} clips of 16x224x224, forward and backward, {precision}"}
-    figures |= times(benchmark, steps, CONTENDERS, warm_ups=1)
-    figures |= rates(config, CONTENDERS, figures, precision) | peaks(precision) | saved(precision)
+    figures |= measure(benchmark, VideoMAEConfig.of("base"), CONTENDERS, precision)
+    figures |= saved(precision)
     benchmark.extra_info.update(figures)
     record(f"step_base_{precision}", figures)
 
@@ -59,30 +53,29 @@ def test_step(benchmark, record, precision):
 @pytest.mark.parametrize("masks", SMALL)
 def test_small_step(benchmark, record, masks):
     pytest.importorskip("transformers")
-    config = VideoMAEConfig.of("small", **SETTINGS[masks])
-    figures = measure_small(benchmark, config, SMALL[masks])
     what = f"small {masks.upper()}, {CLIPS} clips of 16x224x224, forward and backward, fp32"
+    config = VideoMAEConfig.of("small", **SETTINGS[masks])
+    figures = {"what": what} | measure(benchmark, config, SMALL[masks], "fp32")
     benchmark.extra_info.update(figures)
-    record(
-        "step_small_fp32" if masks == "v1" else f"step_small_{masks}_fp32", {"what": what} | figures
-    )
+    record("step_small_fp32" if masks == "v1" else f"step_small_{masks}_fp32", figures)
 
 
-def measure_small(benchmark, config, contenders):
-    """Peak memory, times and rates of a step in fp32, all in this process."""
-    steps = {name: step_of(name, "fp32", size=config) for name in contenders}
+def measure(benchmark, config, contenders, precision):
+    """Peak memory, times and rates of a step, all in this process."""
+    steps = {name: step_of(name, precision, size=config) for name in contenders}
     # Each is called twice here, which warms it up.
     mib = {name: peak_memory_bytes(step, DEVICE) / 2**20 for name, step in steps.items()}
-    figures = times(benchmark, steps, contenders, warm_ups=0)
-    figures |= rates(config, contenders, figures, "fp32")
+    figures = times(benchmark, steps, contenders)
+    figures |= rates(config, contenders, figures, precision)
     for name, called in contenders.items():
         figures[f"{called}_peak_tensors_mib"] = round(mib[name])
-    other = "huggingface" if "huggingface" in contenders else "plain"
-    figures["tensors_ratio"] = round(mib["ours"] / mib[other], 3)
-    return figures
+    ratios = {"tensors_ratio": "huggingface", "tensors_ratio_to_plain": "plain"}
+    return figures | {
+        ratio: round(mib["ours"] / mib[other], 3) for ratio, other in ratios.items() if other in mib
+    }
 
 
-def times(benchmark, steps, contenders, warm_ups):
+def times(benchmark, steps, contenders):
     """Median seconds of each contender's step, and how many times ours is quicker."""
     taken_s = {name: [] for name in steps}
 
@@ -96,11 +89,8 @@ def times(benchmark, steps, contenders, warm_ups):
             if name != "ours":
                 timed(name)
 
-    benchmark.pedantic(
-        timed, args=("ours",), setup=others_first, rounds=ROUNDS, warmup_rounds=warm_ups
-    )
-    # The warm-up rounds come first in all lists.
-    median_s = {name: statistics.median(each[-ROUNDS:]) for name, each in taken_s.items()}
+    benchmark.pedantic(timed, args=("ours",), setup=others_first, rounds=ROUNDS)
+    median_s = {name: statistics.median(each) for name, each in taken_s.items()}
     ours_s = median_s["ours"]
     # The first is over Hugging Face's with SDPA.
     speedups = {"speedup": "huggingface", "speedup_over_eager": "huggingface_eager"}
@@ -129,18 +119,6 @@ def rates(config, contenders, figures, precision):
     return rounded(found)
 
 
-def peaks(precision):
-    """Peak memory of each contender's step, and ours over theirs."""
-    mib = {name: _peak_memory(name, precision) for name in CONTENDERS}
-    figures = {}
-    for kind in ("tensors", "resident"):
-        figures |= {f"{CONTENDERS[n]}_peak_{kind}_mib": round(mib[n][kind]) for n in mib}
-        ours = mib["ours"][kind]
-        figures[f"{kind}_ratio"] = round(ours / mib["huggingface"][kind], 3)
-        figures[f"{kind}_ratio_to_plain"] = round(ours / mib["plain"][kind], 3)
-    return figures
-
-
 def saved(precision):
     """What ours and the plain model keep for the backward pass: in all, and for one clip more."""
     figures, ratios = {}, []
@@ -153,10 +131,3 @@ def saved(precision):
     figures["saved_ratio"] = round(ours[0] / plain[0], 3)
     figures["saved_ratio_a_clip"] = round(ours[1] / plain[1], 3)
     return figures
-
-
-def _peak_memory(contender, precision):
-    script = Path(__file__).with_name("peers.py")
-    command = [sys.executable, str(script), contender, precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])

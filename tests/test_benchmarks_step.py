@@ -34,8 +34,8 @@ TOY = {
 class Rounds:
     """A stand-in for pytest-benchmark's fixture."""
 
-    def pedantic(self, target, args, setup, rounds, warmup_rounds):
-        for _ in range(warmup_rounds + rounds):
+    def pedantic(self, target, args, setup, rounds):
+        for _ in range(rounds):
             setup()
             target(*args)
 
@@ -146,7 +146,7 @@ def test_a_small_step_on_a_cpu_is_measured_against_its_peers(masks, monkeypatch)
     monkeypatch.setattr(steps_cpu, "ceilings", lambda _: best)
     config = VideoMAEConfig.of("tiny", **TOY, **steps_cpu.SETTINGS[masks])
     contenders = steps_cpu.SMALL[masks]
-    found = steps_cpu.measure_small(Rounds(), config, contenders)
+    found = steps_cpu.measure(Rounds(), config, contenders, "fp32")
     gflop = 6 * published_macs(config) * peers.CLIPS / 1e9
     assert found["gflop"] == pytest.approx(gflop, rel=1e-3)
     for called in contenders.values():
