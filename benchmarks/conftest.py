@@ -24,6 +24,8 @@ FIRST = (
     "test_attention.py",
     "test_tokens.py",
     "test_attention_curves.py",
+    "test_mask_ratio.py",
+    "test_memory_tables.py",
 )
 # Steps and blocks, then where a CUDA C++ kernel stands beside its Triton twin.
 HEADLINES = FIRST[:2]

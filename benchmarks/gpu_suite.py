@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: build, tests, sanitizers, benchmarks, counters.
+"""Everything that wants a GPU in one command: build, tests, sanitizers, benchmarks, profiles.
 
     python benchmarks/gpu_suite.py --out DIR
     python benchmarks/gpu_suite.py --out DIR --no-build --only step
@@ -29,7 +29,7 @@ from tools import SKIPPED, notes_in
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = ("build", "tests", "sanitize", "step", "benchmarks", "ncu")
+PARTS = ("build", "tests", "sanitize", "step", "benchmarks", "profile", "ncu")
 # Of the time that is left when a part starts; the last one gets all of it. nvcc may take three
 # minutes on two cores for all architectures, of which one is built here.
 SHARE = {
@@ -38,12 +38,13 @@ SHARE = {
     "sanitize": 0.25,
     "step": 0.6,
     "benchmarks": 1.0,
+    "profile": 0.5,
     "ncu": 1.0,
 }
 # A part that would get less is not started, unless it is asked for. Steps of models of five sizes,
 # some of them compiled, are guessed to take twelve minutes, not yet measured: what is worth most is
 # done in the first seven, and test_step_gpu.py says how to make two runs of them.
-LEAST_S = {"step": 420, "ncu": 45}
+LEAST_S = {"step": 420, "profile": 45, "ncu": 45}
 # Parts of pytest.
 TESTS = ("tests", "step", "benchmarks")
 # The benchmark that the part "step" is.
@@ -112,6 +113,9 @@ def command_of(part: str, out: Path, limit_s: float = 0) -> list[str]:
         script = str(HERE / scripts[part])
         # Less what it takes to start.
         return [sys.executable, script, "--out", str(out), "--limit-s", f"{limit_s - GRACE_S:.0f}"]
+    if part == "profile":
+        # A trace of some steps as they are trained, and tables of them in the log.
+        return [sys.executable, str(HERE / "profile_step.py"), "--out", str(out / "profile")]
     if part == "build":
         options = ["-e", ".", "--no-deps", "--no-build-isolation"]
         return [sys.executable, "-m", "pip", "install", *options]
@@ -121,7 +125,9 @@ def command_of(part: str, out: Path, limit_s: float = 0) -> list[str]:
     pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if part == "tests":
         return [*pytest, "-p", "gpu_test_order", "-m", "gpu", "tests"]
-    files = [STEP] if part == "step" else ["benchmarks", f"--ignore={STEP}"]
+    # What is counted needs no GPU.
+    others = ["benchmarks", f"--ignore={STEP}", "-m", "not counted"]
+    files = [STEP] if part == "step" else others
     return [*pytest, *files, "--benchmark-only", "--results", str(out / "results")]
 
 

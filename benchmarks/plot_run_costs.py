@@ -7,6 +7,8 @@ from matplotlib import pyplot as plt
 from plot_style import BLUE, GREEN, ORANGE, save
 
 SIZE_INCHES = (11, 5.6)
+# Stands where nothing is measured.
+NOT_YET = "measured_gpu_hours"
 
 
 def draw(file: Path) -> Path:
@@ -20,11 +22,11 @@ def draw(file: Path) -> Path:
         bars.append((f"{row['run']}\npublished: {on}", row["published_gpu_hours"], ORANGE))
     for row in {row["run"]: row for row in kept["runs"] if row["published_gpu_hours"]}.values():
         same = row["published_on"].split(",")[0].split(" (")[0].split(" ", 1)[1]
-        planned = {"planned_gpu_hours_same_gpu": same, "planned_gpu_hours_h200": "H200"}
+        planned = {"planned_same_gpu_gpu_hours": same, "planned_h200_gpu_hours": "H200"}
         for key, gpu in planned.items():
             bars.append((f"{row['run']}\nplanned: {gpu}, not yet measured", row[key], BLUE))
-        for key in (key for key in row if key.startswith("measured_hours_on_one")):
-            gpu = key.removeprefix("measured_hours_on_one_")
+        for key in (key for key in row if key.startswith("measured_") and key != NOT_YET):
+            gpu = key.removeprefix("measured_").removesuffix("_gpu_hours")
             bars.append((f"{row['run']}\nmeasured: {gpu}", row[key], GREEN))
     bars.sort(key=lambda bar: (bar[0].split("\n")[0], -bar[1]))
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")

@@ -104,7 +104,7 @@ def costs(recipes: tuple[Recipe, ...], results: Path) -> list[Figures]:
         settings = Settings(recipe.config, recipe.batch)
         plan = make_plan(settings, find_gpu(PLANNED_GPU), clips=recipe.clips)
         known = {
-            f"measured_hours_on_one_{device}": recipe.clips / found[recipe.step] / 3600
+            f"measured_{device}_gpu_hours": recipe.clips / found[recipe.step] / 3600
             for device, found in measured.items()
             if recipe.step in found
         }
@@ -119,9 +119,9 @@ def costs(recipes: tuple[Recipe, ...], results: Path) -> list[Figures]:
                 "gmacs_a_clip": published_macs(recipe.config) / 1e9,
                 "published_gpu_hours": published and published.gpu_hours,
                 "published_on": published and f"{published.gpus} ({published.source})",
-                "planned_gpu_hours_same_gpu": published and alike[published],
-                f"planned_clips_per_s_{PLANNED_GPU}": plan.clips_per_s,
-                f"planned_gpu_hours_{PLANNED_GPU}": plan.hours,
+                "planned_same_gpu_gpu_hours": published and alike[published],
+                f"planned_{PLANNED_GPU}_clips_per_s": plan.clips_per_s,
+                f"planned_{PLANNED_GPU}_gpu_hours": plan.hours,
                 **(known or {"measured_gpu_hours": "not yet measured"}),
             }
             for published in recipe.published or (None,)

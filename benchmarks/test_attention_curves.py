@@ -80,6 +80,7 @@ def test_attention_curves(benchmark, record):
     last = {one["attention"]: one for one in over_rows if one["t"] == ROWS[-1]}
     more = {f"joint_over_divided_{figure}_t{ROWS[-1]}": ratio(last, figure) for figure in RATIOS}
     figures = {
+        "title": "Joint, divided and space-only attention: time and memory",
         "what": (
             f"attention alone on t x 14 x 14 tokens, B={CLIPS}, {HEADS} heads of {HEAD_WIDTH}, "
             f"{str(DTYPE).removeprefix('torch.')}"

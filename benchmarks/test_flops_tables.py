@@ -7,6 +7,7 @@ the figures are the same on every device. plot_flops.py draws what is kept.
 from typing import NamedTuple
 
 import flops
+import pytest
 import torch
 from flops import ATTENTIONS, FLOP_PER_MAC, FLOP_PER_PAIR, ITEMS
 from plain_videomae import PlainVideoMAE, written_out
@@ -67,6 +68,7 @@ BASE = VideoMAEConfig.of("base")
 INPUTS = {"32 frames, 2 a tubelet": (32, 2), "64 frames, 4 a tubelet": (64, 4)}
 
 
+@pytest.mark.counted
 def test_flops_decoder_masking(benchmark, record):
     counted = {masked: forward_of(masked.model) for masked in PUBLISHED_MASKING}
     figures = {
@@ -160,6 +162,7 @@ def gmacs(operations):
     return {item: count / FLOP_PER_MAC / 1e9 for item, count in operations.items()}
 
 
+@pytest.mark.counted
 def test_attention_pairs(benchmark, record):
     figures = {
         "title": "Pairs and FLOPs of joint and divided attention",

@@ -4,6 +4,7 @@ Both tables are counted from drawn masks, which are the same on every device; pl
 the second. Drawing masks is timed too, by the bytes of the indices that it writes.
 """
 
+import pytest
 import torch
 from mask_coverage import CASES, coverage, keys_of, strip, token_counts
 from rows import DEVICE, evaluation, rounded, row_of, timed
@@ -27,6 +28,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.counted
 def test_token_counts(benchmark, record):
     key = keys_of(BATCH, DEVICE)
     sizes = [size for size in SIZES if size != "tiny"]
@@ -74,6 +76,7 @@ def counts_of(size, frames, key):
     }
 
 
+@pytest.mark.counted
 def test_mask_coverage(benchmark, record):
     grid, key = VideoMAEConfig().grid, keys_of(CLIPS, DEVICE)
     shape = "x".join(map(str, grid))

@@ -48,12 +48,14 @@ NOT_STATED = (
 )
 
 
+@pytest.mark.counted
 def test_dual_masking(benchmark, record):
     wanted = [(size, way) for way in WAYS for size in (SIZES if way in GROWTH else PUBLISHED_MB)]
     # Nothing is timed: the processor's cores share the work.
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         rows = list(pool.map(row_of, *zip(*wanted, strict=True)))
     figures = {
+        "title": "Memory of dual masking",
         "what": "memory a clip of encoder-only and of dual masking, V2's decoders, counted; "
         "VideoMAE V2's figures (arXiv 2303.16727) beside them",
         "unit": "MB = 10^6 bytes; the paper prints M",
@@ -141,6 +143,7 @@ def release():
 def test_measured_on_a_cpu(benchmark, record):
     rows = [small_row(name, ratio) for name in ("ours", "plain") for ratio in MASKINGS.values()]
     figures = {
+        "title": "Memory as counted and as measured",
         "what": f"a step of {SMALL_CLIPS} clips of 16x224x224, fp32, width {SMALL['width']} and "
         f"{SMALL['depth']} blocks: memory as counted without running it, and as measured",
         "unit": "MB = 10^6 bytes",

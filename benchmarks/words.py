@@ -19,8 +19,10 @@ UNITS = {
     "_tflop": "TFLOP",
     "_gmac": "GMAC",
     "_flops": "FLOP",
+    "_gpu_hours": "GPU-hours",
     "_bytes": "bytes",
     "_mib": "MiB",
+    "_mb": "MB",
     "_gib": "GiB",
     "_ms": "ms",
     "_s": "s",
@@ -29,6 +31,7 @@ UNITS = {
 BARE_UNITS = {ending[1:]: unit for ending, unit in UNITS.items() if len(ending) > 2}
 # Words that are written otherwise than in a name.
 SPELT = BARE_UNITS | {"huggingface": "Hugging Face", "sdpa": "SDPA", "v1": "V1", "v2": "V2"}
+SPELT |= {"h200": "H200", "gmacs": "GMACs", "gpu": "GPU"}
 
 
 def number(value: float) -> str:

@@ -167,7 +167,7 @@ def test_the_parts_share_the_time(monkeypatch, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "    extension for 90a" in lines
     assert any(line.startswith("ncu         skipped") for line in lines)
-    for part in ("step", "ncu"):
+    for part in ("step", "profile", "ncu"):
         assert any(f"--no-build --only {part} runs it alone" in line for line in lines)
     # The sanitizers know when they have to be done.
     command = ran[2][3]
@@ -185,7 +185,7 @@ def test_counters_are_read_where_time_is_left_or_asked_for(monkeypatch, tmp_path
 
 def test_whole_steps_are_timed_where_there_is_time_or_asked_for(monkeypatch, tmp_path):
     _, ran = run_suite(monkeypatch, tmp_path, "--budget-s", "2400", seconds=1.0)
-    assert [part for part, *_ in ran] == list(gpu_suite.PARTS[:-1])
+    assert [part for part, *_ in ran] == list(gpu_suite.PARTS[:-2])
     limits = {part: limit_s for part, limit_s, *_ in ran}
     assert limits["step"] >= gpu_suite.LEAST_S["step"]
     assert limits["benchmarks"] > 250
@@ -198,6 +198,7 @@ def test_steps_are_a_part_and_come_first_of_all_with_blocks(tmp_path):
     command = gpu_suite.command_of("benchmarks", tmp_path)
     ignored = f"--ignore={gpu_suite.STEP}"
     assert ignored in command
+    assert gpu_suite.command_of("profile", tmp_path)[1].endswith("profile_step.py")
     assert gpu_suite.STEP in gpu_suite.command_of("step", tmp_path)
     done = subprocess.run(
         [*(one for one in command if one not in ("-v", ignored)), "--collect-only", "-q"], cwd=ROOT,
@@ -207,6 +208,8 @@ def test_steps_are_a_part_and_come_first_of_all_with_blocks(tmp_path):
     names = [line for line in done.stdout.splitlines() if line.startswith("benchmarks/")]
     files = [name.split("::")[0] for name in names]
     ordered = list(dict.fromkeys(files))
+    # What is the same on every device is counted without one.
+    assert "benchmarks/test_flops_tables.py" not in files
     assert ordered[:3] == [
         gpu_suite.STEP, "benchmarks/test_block.py", "benchmarks/test_attention.py"
     ]  # fmt: skip
