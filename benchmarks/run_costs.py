@@ -120,7 +120,7 @@ def costs(recipes: tuple[Recipe, ...], results: Path) -> list[Figures]:
                 "published_gpu_hours": published and published.gpu_hours,
                 "published_on": published and f"{published.gpus} ({published.source})",
                 "planned_same_gpu_gpu_hours": published and alike[published],
-                f"planned_{PLANNED_GPU}_clips_per_s": plan.clips_per_s,
+                f"planned_{PLANNED_GPU}_clips_a_second": plan.clips_per_s,
                 f"planned_{PLANNED_GPU}_gpu_hours": plan.hours,
                 **(known or {"measured_gpu_hours": "not yet measured"}),
             }

@@ -21,10 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 CPU = torch.device("cpu")
 # Measured before each entry carried its share of a ceiling, by the commit they are from.
 OLDER = {
-    "attention_curves": "3b69d52",
-    "linear_fp32": "c088d3e",
+    "linear_fp32_avx512": "c088d3e",
     "step_base_bf16_avx512": "c088d3e",
-    "step_base_fp32": "10d95f9-dirty",
     "step_base_fp32_against_a58abb5": "2257991",
     "step_base_fp32_avx512": "c088d3e",
 }
@@ -128,7 +126,7 @@ def test_published_tables_come_first_and_name_no_device(tmp_path):
     assert "threads" not in page[published:cpu]
     for part in (
         "### What masks cost (`z`)\n\nCounted. 2026-01-02, commit abc, torch 2.13.\n",
-        "Forward:\n\n| model | plain gmacs | h200, ms |\n",
+        "Forward:\n\n| model | plain GMACs | H200, ms |\n",
         "| base | 1,234 |  |\n| giant |  | not yet measured |\n",
         "| 1,568 |",
     ):
