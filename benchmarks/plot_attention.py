@@ -1,10 +1,6 @@
-"""Draw each results/DEVICE/attention_curves.json as the PNG beside it; needs matplotlib.
-
-python benchmarks/plot_attention.py [FOLDER]
-"""
+"""Draw each results/DEVICE/attention_curves.json as the PNG beside it."""
 
 import json
-import sys
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -14,11 +10,6 @@ from plot_style import BLUE, GREEN, ORANGE, PURPLE, VERMILION, Figures, save, ti
 
 COLOURS = {"joint": BLUE, "divided": ORANGE, "space": PURPLE}
 SIZE_INCHES = (14, 4.8)
-
-
-def main(results: Path) -> list[Path]:
-    """Draw what a folder of DEVICE/attention_curves.json holds; the pictures written."""
-    return [draw(file) for file in sorted(results.glob("*/attention_curves.json"))]
 
 
 def draw(file: Path) -> Path:
@@ -93,9 +84,3 @@ def logarithmic(axes: Axes, title: str, unit: str) -> None:
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
-    written = main(folder)
-    print("\n".join(map(str, written)) or f"no attention_curves.json under {folder}")

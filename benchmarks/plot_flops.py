@@ -1,10 +1,6 @@
-"""Draw what test_flops_tables.py counted, each file as the PNG beside it; needs matplotlib.
-
-python benchmarks/plot_flops.py [FOLDER]
-"""
+"""Draw what test_flops_tables.py counted, each file as the PNG beside it."""
 
 import json
-import sys
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -30,12 +26,6 @@ ATTENTION_COLOURS = {"joint": BLUE, "divided": ORANGE, "space": PURPLE}
 SORTS = {"patch_embedding": VERMILION, "linear_layers": SKY, "attention": GREEN}
 # Plain and ours stand so far left and right of the middle, with bars so wide.
 ASIDE, BAR_WIDTH = 0.21, 0.38
-
-
-def main(results: Path) -> list[Path]:
-    """Draw what a folder of published/NAME.json holds; the pictures written."""
-    files = [results / "published" / f"{name}.json" for name in DRAWN]
-    return [draw(file) for file in files if file.exists()]
 
 
 def draw(file: Path) -> Path:
@@ -171,9 +161,3 @@ def draw_encoders(axes: Axes, rows: list[Figures]) -> None:
 
 
 DRAWN = {"flops_decoder_masking": draw_masking, "attention_pairs": draw_pairs}
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
-    written = main(folder)
-    print("\n".join(map(str, written)) or f"nothing counted under {folder}")

@@ -1,10 +1,6 @@
-"""Draw each results/DEVICE/mask_ratio.json as the PNG beside it; needs matplotlib.
-
-python benchmarks/plot_mask_ratio.py [FOLDER]
-"""
+"""Draw each results/DEVICE/mask_ratio.json as the PNG beside it."""
 
 import json
-import sys
 from pathlib import Path
 from textwrap import fill
 
@@ -20,11 +16,6 @@ GFLOP_IN_THOUSANDS = 10_000
 # By what is measured: label, colour, and where its labels stand: above and right, below and left.
 CURVES = {"step": ("whole step", ORANGE, 1), "encoder": ("encoder alone", BLUE, -1)}
 LABEL_POINTS = 9
-
-
-def main(results: Path) -> list[Path]:
-    """Draw what a folder of DEVICE/mask_ratio.json holds; the pictures written."""
-    return [draw(file) for file in sorted(results.glob("*/mask_ratio.json"))]
 
 
 def draw(file: Path) -> Path:
@@ -62,9 +53,3 @@ def draw_curves(
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
-    written = main(folder)
-    print("\n".join(map(str, written)) or f"no mask_ratio.json under {folder}")

@@ -1,13 +1,10 @@
-"""Draw results/published/mask_coverage.json as the PNG beside it; needs matplotlib.
-
-python benchmarks/plot_masks.py [FOLDER]
+"""Draw results/published/mask_coverage.json as the PNG beside it.
 
 One drawn clip under each mask, its time steps from left to right, and beside it how many of its
 tokens are covered in each row and column of patches and at each time.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +33,6 @@ LEGEND = {
 GAP = 1
 AXES = {"rows": "row of patches", "columns": "column of patches", "time": "time step"}
 BARS = {"encoder": DARK, "decoder": BLUE}
-
-
-def main(results: Path) -> list[Path]:
-    """Draw what a folder of published/mask_coverage.json holds; the pictures written."""
-    return [draw(file) for file in sorted(results.glob("*/mask_coverage.json"))]
 
 
 def draw(file: Path) -> Path:
@@ -129,9 +121,3 @@ def decorate(panels: np.ndarray, clips: list[np.ndarray], rows: list[Figures]) -
         head[column].set_title(over + head[column].get_title(), fontsize="small", pad=3)
     for line in panels:
         line[1].set_ylabel("% covered", fontsize="small")
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
-    written = main(folder)
-    print("\n".join(map(str, written)) or f"no mask_coverage.json under {folder}")

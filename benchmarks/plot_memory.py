@@ -1,10 +1,6 @@
-"""Draw results/published/memory_dual_masking.json as the PNG beside it; needs matplotlib.
-
-python benchmarks/plot_memory.py [FOLDER]
-"""
+"""Draw results/published/memory_dual_masking.json as the PNG beside it."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +16,6 @@ COLOURS = {
 }
 MASKINGS = {"encoder_only": ("--", "o", "encoder-only"), "dual": ("-", "s", "dual")}
 SIZE_INCHES = (14, 5)
-
-
-def main(results: Path) -> list[Path]:
-    """Draw what a folder of published/memory_dual_masking.json holds; the pictures written."""
-    return [draw(file) for file in sorted(results.glob("published/memory_dual_masking.json"))]
 
 
 def draw(file: Path) -> Path:
@@ -115,9 +106,3 @@ def finish(axes: Axes, rows: list[Figures], title: str, unit: str) -> None:
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results"
-    written = main(folder)
-    print("\n".join(map(str, written)) or f"no memory_dual_masking.json under {folder}/published")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attention_peers
 import gpu_suite
+import plot
 import pytest
 import report
 import rows
@@ -293,12 +294,12 @@ def curves_file(folder):
 
 
 def test_the_picture_is_drawn_and_linked(tmp_path):
-    plot_attention = pytest.importorskip("plot_attention", exc_type=ModuleNotFoundError)
+    pytest.importorskip("matplotlib")
     file = curves_file(tmp_path / "results")
     page = report.render(tmp_path / "results")
     assert "| 1,568 | 12 | - |" in page
     assert "![" not in page
-    (picture,) = plot_attention.main(tmp_path / "results")
+    (picture,) = plot.main(tmp_path / "results")
     assert picture == file.with_suffix(".png")
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.stat().st_size > 20_000

@@ -3,6 +3,7 @@
 import json
 
 import flops
+import plot
 import pytest
 import report
 import test_flops_tables as tables
@@ -250,7 +251,7 @@ def test_the_table_of_pairs(tmp_path, monkeypatch):
     assert last["divided"]["over_joint"] == 0.0676
     assert {row["tokens"] for row in kept["encoders"]} == {3136}
     plot_flops = pytest.importorskip("plot_flops", exc_type=ModuleNotFoundError)
-    (picture,) = plot_flops.main(tmp_path)
+    (picture,) = plot.main(tmp_path)
     assert not_blank(picture)
     _, axes = plot_flops.plt.subplots()
     plot_flops.draw_encoders(axes, kept["encoders"])

@@ -2,7 +2,7 @@
 
 import json
 
-import plot_mask_ratio
+import plot
 import pytest
 import report
 import test_mask_ratio as ratios
@@ -111,7 +111,7 @@ def test_page_and_picture(figures, tmp_path):
     file.parent.mkdir()
     environment = {"date": "2026-01-02", "commit": "abc", "torch": "2", "device": "a CPU"}
     file.write_text(json.dumps({"environment": environment, **figures}))
-    assert plot_mask_ratio.main(tmp_path) == [file.with_suffix(".png")]
+    assert plot.main(tmp_path) == [file.with_suffix(".png")]
     assert file.with_suffix(".png").stat().st_size > 10_000
     page = report.render(tmp_path)
     assert "/cpu/mask_ratio.png)" in page

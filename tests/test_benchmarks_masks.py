@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import mask_coverage
 import numpy as np
+import plot
 import plot_masks
 import pytest
 import test_mask_tables
@@ -139,7 +140,7 @@ def test_the_picture_is_drawn_from_the_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         plot_masks, "save", lambda figure, to: (figures.append(figure), save(figure, to))[1]
     )
-    (written,) = plot_masks.main(tmp_path)
+    (written,) = plot.main(tmp_path)
     (figure,) = figures
     strips, bars = figure.axes[::4], [figure.axes[start::4] for start in (1, 2, 3)]
     names = [axes.get_ylabel() for axes in strips]

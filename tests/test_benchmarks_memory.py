@@ -4,6 +4,7 @@ import json
 
 import memory_cases as cases
 import plain_videomae
+import plot
 import plot_memory
 import pytest
 import test_memory_tables as tables
@@ -79,5 +80,5 @@ def test_rows_and_picture(tmp_path, monkeypatch):
     file = tmp_path / "published" / "memory_dual_masking.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"environment": {}, "what": "toys", "a_clip": rows}))
-    (picture,) = plot_memory.main(tmp_path)
+    (picture,) = plot.main(tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
