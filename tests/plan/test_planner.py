@@ -212,7 +212,7 @@ def test_a_file_that_holds_no_results_is_named(results):
 
 def test_the_text_holds_what_the_plan_does():
     plan = make_plan(replace(SETTINGS, gpus=2), H200, clips=1e12)
-    assert plan.hours > 1000
+    assert plan.hours > 100
     text = describe(plan) + "\n"
     for words in (
         "2 x H200",
