@@ -154,6 +154,18 @@ def test_only_the_asked_steps_are_recorded(tmp_path):
     assert summary.read_text().startswith("steps 3 to 5 of a run on cpu")
 
 
+def test_a_profile_that_cannot_be_written_is_one_line(tmp_path):
+    folder, said = tmp_path / "file", []
+    folder.touch()
+    with ProfiledSteps(range(1), CPU, folder, say=said.append) as profiled:
+        for step in range(2):
+            profiled.at(step)
+            torch.ones(3).sum()
+    (line,) = said
+    assert line.startswith("--profile: the profile could not be written: ")
+    assert profiled.written == ()
+
+
 def test_an_error_drops_the_recording(tmp_path):
     profiled = ProfiledSteps(range(3), CPU, tmp_path)
 

@@ -181,7 +181,8 @@ class Pretraining:
         elif asked and steps.start - start < WARM_UPS:
             note = f", not steady yet (that takes {WARM_UPS} steps)"
             self.metrics.say(f"--profile: steps {steps.start + 1} to {steps.stop}{note}")
-        return ProfiledSteps(steps, self.ranks.device, self.setup.folder.path / "profile", note)
+        folder = self.setup.folder.path / "profile"
+        return ProfiledSteps(steps, self.ranks.device, folder, note, self.metrics.say)
 
     def _loop(self) -> int:
         """All steps; returns how many are done."""

@@ -8,7 +8,7 @@ import os
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,13 +292,22 @@ class ProfiledSteps:
         device: where they run.
         folder: for what is written.
         note: more for the summary's first line.
+        say: prints a line.
 
     Attributes:
         written: the files, once they are there.
     """
 
-    def __init__(self, steps: range, device: torch.device, folder: Path, note: str = "") -> None:
+    def __init__(
+        self,
+        steps: range,
+        device: torch.device,
+        folder: Path,
+        note: str = "",
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.steps, self.device, self.folder, self.note = steps, device, folder, note
+        self._say = say
         self.written: tuple[Path, ...] = ()
         self._recorder: Recorder | None = None
 
@@ -324,4 +333,8 @@ class ProfiledSteps:
         recorder, self._recorder = self._recorder, None
         trace = Trace(recorder.stop(), max(step - self.steps.start, 1))
         title = f"steps {self.steps.start + 1} to {step} of a run on {self.device}{self.note}"
-        self.written = trace.write(self.folder, title)
+        try:
+            self.written = trace.write(self.folder, title)
+        except OSError as error:
+            # A full disk: no reason to end a run.
+            self._say(f"--profile: the profile could not be written: {error}")
