@@ -65,7 +65,7 @@ def test_attention_written_out_keeps_what_autocast_on_a_gpu_does():
 
 def test_rows_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "CLIPS", (16, 24))
-    monkeypatch.setattr(cases, "SIZES", {"base": TOY})
+    monkeypatch.setattr(cases, "SIZES", {"base": TOY | {"depth": 1, "decoder_depth": 1}})
     slopes = cases.per_clip(cases.config_of("base", "dual"), "ours, bf16", cases.CLIPS)
     rows = [cases.row_of("base", way) for way in plot_memory.COLOURS]
     row = next(row for row in rows if row["model"] == "ours, bf16")

@@ -218,7 +218,10 @@ def test_plan(tmp_path, capsys):
         assert words in text
     # Three epochs of 1e4 clips by two GPUs with eight clips each.
     assert f"{3e4 / 16:,.0f} steps" in text
-    assert Image.open(picture).width > 500
+    with Image.open(picture) as drawn:
+        assert drawn.width > 500
+        # Bars in colours, not an empty page.
+        assert len(drawn.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
 
     status, text = run("plan", "--config", "tiny", "--frames", "16", capsys=capsys)
     assert status == 0
