@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), world_size, chosen)
     finally:
+        # What holds the group in cycles, as DistributedDataParallel does, goes before it: else its
+        # threads may end with the interpreter, which can abort.
+        gc.collect()
         dist.destroy_process_group()
 
 
