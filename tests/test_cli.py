@@ -276,7 +276,7 @@ def test_a_backend_that_cannot_run_is_one_line(monkeypatch, capsys):
                 (1, 1, 2),
             )
 
-    monkeypatch.setattr(cli, "_env", compute)
+    monkeypatch.setattr("vmae_fast.commands.env.run", compute)
     assert cli.main(["env"]) == 1
     line = capsys.readouterr().err.strip()
     assert line.startswith("vmae-fast: backend cuda cannot run on cpu: ")

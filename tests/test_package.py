@@ -15,9 +15,9 @@ import vmae_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# cli -> (plan_command, train) -> (data, plan) -> (masking, models) -> nn -> ops -> (kernels | _C),
-# plus: models take masks, _files and profiling are below all, no model calls a kernel, the trainer
-# names no op. "" is the package itself, whose __init__ gathers what users import.
+# cli -> commands -> (pictures, train) -> (data, plan) -> (masking, models) -> nn -> ops ->
+# (kernels | _C), plus: models take masks, _files and profiling are below all, no model calls a
+# kernel, the trainer names no op. "" is the package itself, whose __init__ gathers what users import.
 MAY_IMPORT = {
     "kernels": set(),
     "_C": set(),
@@ -32,11 +32,10 @@ MAY_IMPORT = {
     "plan": {"masking", "models", "nn"},
     "train": {"_files", "configs", "data", "masking", "models", "plan", "profiling"},
     "pictures": {"_files", "data", "masking", "models"},
-    "plan_command": {"models", "plan", "train"},
-    "cli": {
-        "", "_files", "configs", "data", "masking", "models", "ops", "pictures", "plan_command",
-        "train",
+    "commands": {
+        "", "_files", "configs", "data", "masking", "models", "ops", "pictures", "plan", "train",
     },
+    "cli": {"", "commands", "data", "models", "ops", "train"},
     "": {"masking", "models"},
 }  # fmt: skip
 

@@ -24,6 +24,8 @@ from vmae_fast.plan import (
 from vmae_fast.plan.text import describe
 from vmae_fast.train import ConfigError, ModelSettings, load_config
 
+from ._arguments import take_option
+
 
 @dataclass
 class PlanArgs:
@@ -58,18 +60,15 @@ class PlanArgs:
     """Where the picture goes."""
 
 
-def run(source: str | None, args: list[str]) -> int:
+def run(args: list[str]) -> int:
     """Print a plan, and draw it where asked for; the exit status.
-
-    Args:
-        source: a config file or recipe to take the model and epochs from, or None.
-        args: the flags.
 
     Raises:
         ConfigError: settings that cannot be used.
         OSError: the picture cannot be written.
     """
     defaults = PlanArgs()
+    source, args = take_option(args, "--config")
     if source is not None:
         recipe = load_config(source)
         defaults.model = recipe.model

@@ -1,0 +1,114 @@
+"""vmae-fast pretrain."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from ._arguments import peek_option, take_option
+
+# The recipe of a run that names neither a model nor a config.
+DEFAULT_RECIPE = "tiny"
+
+# Flags, and the setting that takes each one's place where it is set.
+_REPLACED = {
+    "epochs": "steps",
+    "base-lr": "lr",
+    "base-min-lr": "min_lr",
+    "warmup-epochs": "warmup_steps",
+}
+
+
+def run(args: list[str]) -> int:
+    """Train; the exit status."""
+    from vmae_fast.train import PretrainConfig, load_config, pretrain
+
+    source, rest = take_option(args, "--config")
+    flags = {arg.split("=")[0].replace("_", "-") for arg in rest}
+    held = Path(peek_option(rest, "--out") or "").expanduser() / "config.toml"
+    if source is None and "--resume" in flags and held.is_file():
+        # A run goes on with the settings it was started with.
+        source = str(held)
+    implied = source is None and not flags & {"--model", "--init"}
+    base = PretrainConfig() if source is None else load_config(source)
+    if implied:
+        base = load_config(DEFAULT_RECIPE)
+        if not flags & {"-h", "--help"}:
+            print(f"no --model, --config or --init: taking the recipe {DEFAULT_RECIPE!r}")
+        if "--data" in flags:
+            # What suits 256 small files made for it does not suit any folder.
+            base.data.cache, base.run.target = False, None
+    for flag, replaced_by in _REPLACED.items():
+        if f"--{flag}" in flags:
+            # A flag must not lose to the setting of a recipe that takes its place.
+            setattr(base.optim, replaced_by, None)
+    config: PretrainConfig = tyro.cli(
+        OmitArgPrefixes[PretrainConfig],
+        prog="vmae-fast pretrain",
+        description=(
+            "Pretrain a VideoMAE. --config FILE.toml|RECIPE starts from its settings; with no "
+            f"--config, --model or --init, the recipe {DEFAULT_RECIPE!r} is taken. Under torchrun "
+            "every process takes its GPU."
+        ),
+        default=base,
+        args=rest,
+    )
+    if config.data.data is not None:
+        config.data.data = str(Path(config.data.data).expanduser().absolute())
+    result = pretrain(config)
+    return _report(config, result)
+
+
+def _report(config: Any, result: Any) -> int:
+    """Print what a run came to, with its pictures; on the main process only."""
+    import signal
+
+    if int(os.environ.get("RANK", 0)):
+        return 128 + result.signal if result.signal else 0
+    if result.signal:
+        name = signal.Signals(result.signal).name
+        print(f"stopped by {name} after step {result.steps}; saved {result.checkpoint}")
+        print(f"go on with: vmae-fast pretrain --out {result.path} --resume")
+        return 128 + result.signal
+    written = [("checkpoint", result.checkpoint), ("metrics", result.path / "metrics.jsonl")]
+    written += zip(("profile trace", "profile summary"), result.profile, strict=False)
+    written += _pictures(config, result)
+    if result.val_loss is not None:
+        _print_held_out(result.val_loss, result.val_zero_prediction, config.run.target)
+    print("wrote")
+    for what, path in written:
+        print(f"  {what:16} {path}")
+    return 0
+
+
+def _print_held_out(loss: float, zero: float, target: float | None) -> None:
+    ratio = loss / zero
+    print(
+        f"held-out loss {loss:.4f}, predicting zeros for the same tubelets {zero:.4f}: "
+        f"{ratio:.3f} of it"
+    )
+    if target is not None and ratio <= target:
+        print(f"the model learnt: it ended at or below {target:g} of the zero prediction")
+    elif target is not None:
+        print(f"NOT reached: this recipe should end at or below {target:g} of the zero prediction")
+    elif ratio >= 1:
+        print("the model does not yet predict better than zeros would; train longer")
+
+
+def _pictures(config: Any, result: Any) -> list[tuple[str, Path]]:
+    from vmae_fast import VideoMAE
+    from vmae_fast.pictures import reconstruct, save_contact_sheet, save_loss_curve
+    from vmae_fast.train.metrics import read_metrics
+
+    rows = read_metrics(result.path / "metrics.jsonl")
+    curve = save_loss_curve(result.path / "loss_curve.png", rows)
+    pictures = [
+        reconstruct(VideoMAE.from_pretrained(result.checkpoint), clip, seed=number)
+        for number, clip in enumerate(result.samples)
+    ]
+    sheet = save_contact_sheet(result.path / "reconstruction.png", pictures)
+    return [("loss curve", curve), ("reconstruction", sheet)]

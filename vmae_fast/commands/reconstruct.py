@@ -1,0 +1,57 @@
+"""vmae-fast reconstruct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+
+@dataclass
+class ReconstructArgs:
+    """Reconstruct a masked clip of a video: a PNG sheet and a moving picture."""
+
+    checkpoint: Positional[str]
+    """Checkpoint (ours, MCG-NJU's or OpenGVLab's .pth, Hugging Face's folder), or a run folder."""
+    video: Positional[str]
+    """Video file; the clip is taken from its middle."""
+    out: str | None = None
+    """Where to write, without suffix; default beside the working folder, after the video."""
+    stride: int = 4
+    """Source frames from one frame of the clip to the next."""
+    seed: int = 0
+    """Of the mask."""
+    gif: bool = False
+    """Write the moving picture as GIF, not mp4."""
+
+
+def run(args: list[str]) -> int:
+    """Draw what a checkpoint makes of a masked clip; the exit status."""
+    from vmae_fast import VideoMAE
+    from vmae_fast.data import ClipDataset, ClipRequest, VideoFile
+    from vmae_fast.models import CheckpointError
+    from vmae_fast.pictures import reconstruct, save_contact_sheet, save_video
+    from vmae_fast.train.run_folder import RunFolder
+
+    options = tyro.cli(ReconstructArgs, prog="vmae-fast reconstruct", args=args)
+    checkpoint = RunFolder(Path(options.checkpoint)).latest() or options.checkpoint
+    model = VideoMAE.from_pretrained(checkpoint)
+    if model.decoder is None:
+        raise CheckpointError(f"{checkpoint} has no decoder: it cannot reconstruct")
+    dataset = ClipDataset(
+        [VideoFile(options.video)],
+        frames=model.config.frames,
+        stride=options.stride,
+        image_size=model.config.size,
+        train=False,
+    )
+    clip = dataset[ClipRequest(0, 0)].crops[0].permute(3, 0, 1, 2)
+    picture = reconstruct(model, clip, seed=options.seed)
+    stem = options.out or f"{Path(options.video).stem}-reconstruction"
+    sheet = save_contact_sheet(Path(f"{stem}.png"), [picture])
+    moving = save_video(Path(f"{stem}.gif" if options.gif else f"{stem}.mp4"), picture, fps=6)
+    print(f"loss {picture.loss:.4f}, predicting zeros {picture.zero_prediction:.4f}")
+    print(f"wrote {sheet} and {moving}")
+    return 0
