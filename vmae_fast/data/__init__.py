@@ -18,7 +18,16 @@ from .dataset import (
 from .decode import DecodeError, Decoder, PyAVDecoder
 from .rng import host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
-from .sources import VIDEO_SUFFIXES, DataError, VideoFile, list_videos, split_validation
+from .sources import (
+    VIDEO_SUFFIXES,
+    DataError,
+    Listing,
+    Sampling,
+    VideoFile,
+    list_videos,
+    read_source,
+    split_validation,
+)
 from .synthetic import MOTIONS, render_motion, synthetic_videos
 
 __all__ = [
@@ -34,7 +43,9 @@ __all__ = [
     "DataError",
     "DecodeError",
     "Decoder",
+    "Listing",
     "PyAVDecoder",
+    "Sampling",
     "VideoFile",
     "center_crop_box",
     "clip_indices",
@@ -45,6 +56,7 @@ __all__ = [
     "list_videos",
     "make_loader",
     "multi_scale_crop_box",
+    "read_source",
     "render_motion",
     "split_validation",
     "synthetic_videos",
