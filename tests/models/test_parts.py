@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vmae_fast import VideoMAE
-from vmae_fast.models.parts import sinusoid_table
+from vmae_fast.models.positions import sinusoid_table
 
 
 @pytest.mark.parametrize(("num_tokens", "width"), [(1, 2), (17, 6), (1568, 384), (5, 7)])

@@ -41,6 +41,10 @@ class VideoMAEConfig:
         decoder_mask_kind: "running_cell" (ratio 0.5 or 0.75), "frame" or "random".
         image_mean, image_std: per channel, in units of [0, 1], of normalised video; None is
             ImageNet's for 3 channels and 0 and 1 (plain [0, 1] pixels) for any other number.
+        positions_from: (t, h, w), the grid whose position tables are interpolated to this one;
+            None where they are this grid's own.
+        license: of the weights, as the checkpoint they come from states it; None where nothing is
+            known to restrict them. Changes nothing that is computed.
 
     Raises:
         ValueError: a size that does not divide; the message names the nearest that would.
@@ -74,6 +78,8 @@ class VideoMAEConfig:
     decoder_mask_kind: str = "running_cell"
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
+    positions_from: tuple[int, int, int] | None = None
+    license: str | None = None
 
     def __post_init__(self) -> None:
         imagenet = self.in_channels == 3
@@ -90,6 +96,10 @@ class VideoMAEConfig:
         for name, value in defaults.items():
             object.__setattr__(self, name, value)
         self._check()
+        if self.positions_from is not None:
+            # The same grid's table is no other table, however it was asked for.
+            trained = tuple(self.positions_from)
+            object.__setattr__(self, "positions_from", None if trained == self.grid else trained)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -204,6 +214,12 @@ class VideoMAEConfig:
                 raise ValueError(
                     f"{name}={value} is not a multiple of {step_name}={step}{_nearest(value, step)}"
                 )
+        if self.positions_from is not None and (
+            len(self.positions_from) != 3 or min(self.positions_from) < 1
+        ):
+            raise ValueError(
+                f"positions_from must be a grid of tokens (t, h, w), got {self.positions_from}"
+            )
         for name, values in (("image_mean", self.mean), ("image_std", self.std)):
             if len(values) != self.in_channels:
                 raise ValueError(

@@ -22,19 +22,7 @@ from vmae_fast.nn import (
 )
 
 from .config import VideoMAEConfig
-
-
-def sinusoid_table(num_tokens: int, width: int) -> Tensor:
-    """Fixed position table ``(N, width)`` fp32 over the token index, computed in fp64.
-
-    Sine on even and cosine on odd columns of ``pos / 10000 ** (2 * (j // 2) / width)``.
-
-    Source: Attention Is All You Need (arXiv 1706.03762), as VideoMAE uses it.
-    """
-    position = torch.arange(num_tokens, dtype=torch.float64).unsqueeze(1)
-    column = torch.arange(width)
-    angle = position / 10000 ** (2 * (column // 2).double() / width)
-    return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+from .positions import position_table
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -108,9 +96,7 @@ class Encoder(nn.Module):
         eps = config.norm_eps
         self.norm = LayerNorm(config.width, eps=eps) if config.final_norm else nn.Identity()
         self.residual_dtype: torch.dtype | None = None
-        self.register_buffer(
-            "pos_embed", sinusoid_table(config.num_tokens, config.width), persistent=False
-        )
+        self.register_buffer("pos_embed", position_table(config, config.width), persistent=False)
         self.blocks.apply(_init_weights)
 
     def forward(self, video: Tensor, visible_idx: Tensor | None = None) -> Tensor:
@@ -150,9 +136,7 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(width, eps=config.decoder_norm_eps)
         self.residual_dtype: torch.dtype | None = None
         self.head = Linear(width, config.tubelet_values)
-        self.register_buffer(
-            "pos_embed", sinusoid_table(config.num_tokens, width), persistent=False
-        )
+        self.register_buffer("pos_embed", position_table(config, width), persistent=False)
         self.apply(_init_weights)
 
     def forward(self, visible: Tensor, mask_token: Tensor, mask: Mask) -> Tensor:

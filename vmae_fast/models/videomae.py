@@ -190,25 +190,32 @@ class VideoMAE(nn.Module):
         return {"mask_token"} if self.decoder is not None else set()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **overrides: Any) -> VideoMAE:
+    def from_pretrained(
+        cls, path: str | Path, *, interpolate_positions: bool = False, **overrides: Any
+    ) -> VideoMAE:
         """Load a checkpoint, all of it or nothing.
 
         Args:
             path: a folder of ours or of Hugging Face's, a ``.pth`` of MCG-NJU's or OpenGVLab's
                 (pretraining or fine-tuned), or a hub id where huggingface_hub is installed.
+            interpolate_positions: take ``frames=`` and ``image_size=`` other than the trained ones,
+                and interpolate the tables of positions to their grid (trilinear, always from the
+                trained grid's); ``config.positions_from`` says so from then on. Of a ``.pth`` that
+                does not say its grid, ``positions_from=(t, h, w)`` does.
             **overrides: settings that do not change what the weights mean (``drop_path=0.1``,
                 ``mask_ratio=0.75``, ``norm_pix=False``, ...), and what a ``.pth`` does not say
-                of itself (``heads=``, ``frames=``, ``image_size=``).
+                of itself (``heads=``, ``frames=``, ``image_size=``, ``license=``).
 
         Raises:
             CheckpointError: tensors are missing, unexpected or of another shape (all are
-                listed); the checkpoint was trained on another grid; the file is not a
-                checkpoint, or holds objects other than tensors and plain values.
+                listed); the checkpoint was trained on another grid and no interpolation was
+                asked for; the file is not a checkpoint, or holds objects other than tensors and
+                plain values.
             FileNotFoundError: no such file, folder or hub id.
         """
         from .checkpoint import load_model
 
-        return load_model(cls, path, **overrides)
+        return load_model(cls, path, interpolate_positions=interpolate_positions, **overrides)
 
     def save_pretrained(self, path: str | Path, *, dialect: str = "vmae-fast") -> Path:
         """Write the weights with their settings.
