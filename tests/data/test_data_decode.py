@@ -55,7 +55,7 @@ def test_clip_is_the_straight_decode_at_its_indices(sample, u, clips):
     assert clips.read_numbers(truth) == list(range(100))
     start = int(u * (100 - 32 + 1))  # 8 frames, 4 apart, span 32: starts 0 to 68
     wanted = [start + 4 * k for k in range(8)]
-    clip = PyAVDecoder().read_clip(path, 8, 4, u)
+    clip = PyAVDecoder().read_clip(path, 8, 4, u).frames
     assert clip.dtype == np.uint8
     assert clips.read_numbers(clip) == wanted
     np.testing.assert_array_equal(clip, truth[wanted])
@@ -80,7 +80,7 @@ def test_only_containers_without_times_are_read_from_the_start(sample, monkeypat
 
 def test_read_all_is_the_straight_decode(sample):
     _, path, truth = sample
-    frames = PyAVDecoder().read_all(path)
+    frames = PyAVDecoder().read_all(path).frames
     assert frames.flags.c_contiguous
     np.testing.assert_array_equal(frames, truth)
 
@@ -99,7 +99,7 @@ def test_read_all_is_the_straight_decode(sample):
 def test_short_files_hold_the_last_reachable_position(suffix, count, wanted, tmp_path, clips):
     codec = "mpeg4" if suffix == "avi" else "libx264"
     path = clips.write_video(tmp_path / f"short.{suffix}", count=count, codec=codec)
-    clip = PyAVDecoder().read_clip(str(path), 16, 4, 0.9)
+    clip = PyAVDecoder().read_clip(str(path), 16, 4, 0.9).frames
     assert clips.read_numbers(clip) == wanted
     np.testing.assert_array_equal(clip, clips.straight_decode(path)[wanted])
 
@@ -125,7 +125,7 @@ def test_streams_without_a_frame_count(format, u, tmp_path, clips):
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
     start = int(u * (80 - 32 + 1))
-    clip = PyAVDecoder().read_clip(str(path), 8, 4, u)
+    clip = PyAVDecoder().read_clip(str(path), 8, 4, u).frames
     assert clips.read_numbers(clip) == [start + 4 * k for k in range(8)]
 
 
@@ -145,7 +145,7 @@ def test_longer_sound_does_not_move_the_end(tmp_path, clips):
             out.mux(sound.encode(frame))
         out.mux(sound.encode(None))
     for u, start in ((0.2, 8), (0.5, 20), (0.999, 40)):  # span 8: starts 0 to 40
-        clip = PyAVDecoder().read_clip(str(path), 4, 2, u)
+        clip = PyAVDecoder().read_clip(str(path), 4, 2, u).frames
         assert clips.read_numbers(clip) == [start, start + 2, start + 4, start + 6]
 
 
@@ -159,14 +159,14 @@ def test_a_count_beyond_the_end_is_replaced_by_the_true_one(tmp_path, clips):
     cut.write_bytes(whole.read_bytes()[: ends[10]])
     with av.open(str(cut)) as container:
         assert container.streams.video[0].frames == 200  # what the header still says
-    true_count = len(PyAVDecoder().read_all(str(cut)))
+    true_count = len(PyAVDecoder().read_all(str(cut)).frames)
     assert 20 < true_count < 150
     start = int(0.99 * (true_count - 8 + 1))
-    clip = PyAVDecoder().read_clip(str(cut), 4, 2, 0.99)
+    clip = PyAVDecoder().read_clip(str(cut), 4, 2, 0.99).frames
     assert clips.read_numbers(clip) == [start, start + 2, start + 4, start + 6]
     # A start inside, by the header's count of 200 (starts 0 to 192), and an end that comes early.
     start = true_count - 4
-    clip = PyAVDecoder().read_clip(str(cut), 4, 2, (start + 0.5) / 193)
+    clip = PyAVDecoder().read_clip(str(cut), 4, 2, (start + 0.5) / 193).frames
     assert clips.read_numbers(clip) == [start, start + 2, start + 2, start + 2]
 
 
@@ -174,7 +174,7 @@ def test_variable_rate_keeps_the_stride_in_frames(tmp_path, clips):
     times = [3 * k if k < 50 else 100 + k for k in range(100)]
     path = clips.write_video(tmp_path / "vfr.mp4", count=100, gop=20, rate=60, times=times)
     for u in US:
-        numbers = clips.read_numbers(PyAVDecoder().read_clip(str(path), 8, 4, u))
+        numbers = clips.read_numbers(PyAVDecoder().read_clip(str(path), 8, 4, u).frames)
         assert set(np.diff(numbers)) <= {0, 4}
         assert numbers[0] + 4 <= numbers[-1] <= 99
 
@@ -183,7 +183,7 @@ def test_first_frame_not_at_time_zero(tmp_path, clips):
     times = [k + 37 for k in range(100)]
     for suffix in ("mp4", "mkv"):
         path = clips.write_video(tmp_path / f"late.{suffix}", count=100, gop=20, times=times)
-        clip = PyAVDecoder().read_clip(str(path), 8, 4, 0.73)
+        clip = PyAVDecoder().read_clip(str(path), 8, 4, 0.73).frames
         assert clips.read_numbers(clip) == [50 + 4 * k for k in range(8)]
 
 
@@ -201,8 +201,9 @@ def test_rotation_of_the_file_is_applied(tmp_path, clips):
     path.write_bytes(bytes(data))
     upright = clips.straight_decode(path)
     clockwise = upright[:, ::-1].swapaxes(1, 2)  # the left column, read upwards, becomes the top
-    np.testing.assert_array_equal(PyAVDecoder().read_all(str(path)), clockwise)
-    np.testing.assert_array_equal(PyAVDecoder().read_clip(str(path), 4, 2, 0.0), clockwise[:8:2])
+    np.testing.assert_array_equal(PyAVDecoder().read_all(str(path)).frames, clockwise)
+    clip = PyAVDecoder().read_clip(str(path), 4, 2, 0.0).frames
+    np.testing.assert_array_equal(clip, clockwise[:8:2])
 
 
 def test_size_change_is_scaled_to_the_first_size(tmp_path, clips):
@@ -213,7 +214,7 @@ def test_size_change_is_scaled_to_the_first_size(tmp_path, clips):
         part = clips.write_video(tmp_path / f"{number}.h264", count=20, size=size, format="h264")
         data += part.read_bytes()
     path.write_bytes(data)
-    frames = PyAVDecoder().read_all(str(path))
+    frames = PyAVDecoder().read_all(str(path)).frames
     assert frames.shape == (40, 48, 64, 3)
     assert clips.read_numbers(frames) == list(range(20)) * 2
 
@@ -225,8 +226,8 @@ def test_size_change_is_scaled_to_the_first_size(tmp_path, clips):
         ("empty.mp4", "Invalid data"),
         ("text.mp4", "Invalid data"),
         ("truncated.mp4", "Invalid data"),
-        ("audio.mp4", "no video stream"),
-        ("folder.mp4", ""),
+        ("audio.mp4", "no video stream (audio only)"),
+        ("folder.mp4", "not a file"),
         ("no_packets.mp4", ""),
     ],
 )
@@ -271,7 +272,7 @@ def test_names(name, tmp_path, clips, monkeypatch):
     path.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     for spelling in (name, str(tmp_path / name)):
-        clip = PyAVDecoder().read_clip(spelling, 4, 2, 0.0)
+        clip = PyAVDecoder().read_clip(spelling, 4, 2, 0.0).frames
         assert clips.read_numbers(clip) == [0, 2, 4, 6]
 
 

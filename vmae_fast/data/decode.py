@@ -1,266 +1,421 @@
-"""Reading frames out of video files: the one place for a decoder.
+"""Reading clips out of video files: the one place for a decoder.
 
-Another decoder (hardware, another library, frame folders) is a class with the two methods of
-``Decoder``; ``ClipDataset(decoder=...)`` takes it. ``av`` is imported when a file is opened, so
-this module imports without a video library.
+Another decoder (hardware, another library) is a class with the two methods of ``Decoder``;
+``ClipDataset(decoder=...)`` takes it. ``av`` is imported when a file is opened, so this module
+imports without a video library.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from .sampling import clip_indices
+from .clip import (
+    NO_FRAME,
+    Clip,
+    DecodeError,
+    Decoder,
+    Frames,
+    behind_end,
+    check_channels,
+    check_part,
+)
+from .container import (
+    ClockError,
+    OpenVideo,
+    SeekError,
+    count_packets,
+    declared_frames,
+    declared_seconds,
+    decoded,
+    first_time,
+    measured_seconds,
+    opened,
+    run_up,
+)
+from .convert import Converter
+from .frames import FrameFolderDecoder
+from .sampling import clip_indices, clip_times
 
-Frames = npt.NDArray[np.uint8]
+__all__ = ["Clip", "DecodeError", "Decoder", "PathDecoder", "PyAVDecoder"]
 
-# Containers that store no presentation times. With B-frames, what FFmpeg reports for them is
-# the storage order, which is off by the reordering delay; only counting from the start is exact.
-_CONTAINERS_WITHOUT_TIMES: Final = ("avi",)
-
-_CLOCK: Final = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")  # hours:minutes:seconds.fraction
-_NO_FRAME: Final = "no frame could be decoded"
-
-
-class DecodeError(RuntimeError):
-    """A file cannot be decoded.
-
-    Attributes:
-        path: the file.
-        reason: why, in a few words.
-    """
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"cannot decode {self.path!r}: {self.reason}"
-
-
-class Decoder(Protocol):
-    """What ``ClipDataset`` needs of a decoder. It is pickled to each worker process."""
-
-    def read_clip(self, path: str, frames: int, stride: int, u: float) -> Frames:
-        """Decode one clip: the frames ``clip_indices(n, frames, stride, u)`` of the n there are.
-
-        Returns:
-            uint8 RGB ``(frames, H, W, 3)``.
-
-        Raises:
-            DecodeError: the file cannot be read.
-            ValueError: ``frames``, ``stride`` or ``u`` is out of its range.
-        """
-        ...
-
-    def read_all(self, path: str) -> Frames:
-        """Decode every frame: uint8 RGB ``(n, H, W, 3)``, n >= 1; raises ``DecodeError``."""
-        ...
+# A time that is this near to a frame's, as a share of a time stamp's unit, is the frame's.
+_ROUNDING: Final = Fraction(1, 1000)
 
 
 class PyAVDecoder:
     """Decodes with PyAV (FFmpeg) on the calling thread, at any rate, size and length.
 
-    A clip is read by seeking to the keyframe at or before its first frame and decoding on from
-    there, or from the start of the file where the container cannot be sought exactly. In a file
-    of constant frame rate the clip is exact: the frames of a straight decode at
-    ``clip_indices(n, ...)``. With a variable rate its first frame is the one shown at the time
-    where a constant rate would have it; from there on frames are counted as they come.
+    A clip is read by seeking to a keyframe at or before its first frame and decoding on from
+    there, or from the start of the file where seeking cannot be trusted: raw streams, missing
+    time stamps, AVI with B-frames, frames marked as damaged after a seek. It is made of the
+    frames of a straight decode, whatever the file.
 
+    **By stride.** In a file of constant frame rate the clip is exact: the frames of a straight
+    decode at ``clip_indices(n, ...)``. With a variable rate its first frame is the one shown at
+    the time where a constant rate would have it; from there on frames are counted as they come.
     The number of frames is the container's; without one it is duration times rate (an estimate,
     replaced by a count where it points behind the end), and without those the packets are
-    counted. Only frames that are kept are converted to RGB. A rotation that the file asks players
-    for (phones) is applied. A picture that changes size on the way is scaled to its first size.
+    counted. A clip whose file ends early holds its last frame.
+
+    **By time** (``fps``). Right with a variable rate too. Where time stamps are missing or do not
+    increase, frame i is shown at i / (average rate). A part (``first``, ``count``) is turned
+    into seconds by the average rate, exact where the rate is constant.
+
+    Damaged packets are passed over. Only frames that are kept are converted, see ``Converter``
+    for colours, high dynamic range, interlaced video, pixel aspect and rotation.
 
     Holds no state and no open file between calls, so it can be forked and pickled.
+
+    Args:
+        channels: 3 for RGB, 1 for grey, 4 for RGB and alpha (255 where a file has none).
+
+    Raises:
+        ValueError: another number of channels.
     """
 
-    def read_clip(self, path: str, frames: int, stride: int, u: float) -> Frames:
+    def __init__(self, channels: int = 3) -> None:
+        self.channels = check_channels(channels)
+
+    def read_clip(
+        self,
+        path: str,
+        frames: int,
+        stride: int,
+        u: float,
+        *,
+        fps: float | None = None,
+        first: int | None = None,
+        count: int | None = None,
+    ) -> Clip:
         """See ``Decoder.read_clip``."""
-        clip_indices(1, frames, stride, u)  # raise for a wrong argument before blaming a file
-        with _opened(path) as video:
-            num_frames = _declared_frames(video)
-            if num_frames is not None:
-                indices = clip_indices(num_frames, frames, stride, u)
-                offsets = [index - indices[0] for index in indices]
-                clip, _ = _take(_frames_from(video, indices[0]), offsets, video.size)
+        # Raises for a wrong argument before a file is blamed.
+        wanted = _Wanted(frames, stride, u, fps, first, count)
+        if fps is not None:
+            try:
+                return _read_by_time(path, wanted, self.channels)
+            except ClockError:
+                return _read_counting(path, wanted, self.channels, None)
+        num_frames = None
+        with opened(path) as video:
+            num_frames = declared_frames(video)
+            indices = None if num_frames is None else wanted.indices(num_frames)
+            if indices is not None:
+                try:
+                    clip = _seek_and_take(video, indices, self.channels)
+                except SeekError:
+                    clip = None
                 if clip is not None:
                     return clip
-            else:
-                num_frames = sum(packet.size > 0 for packet in video.container.demux(video.stream))
-        return _read_counting(path, num_frames, frames, stride, u)
+        return _read_counting(path, wanted, self.channels, num_frames)
 
-    def read_all(self, path: str) -> Frames:
+    def read_all(self, path: str) -> Clip:
         """See ``Decoder.read_all``."""
-        with _opened(path) as video:
-            convert = _Converter(video.size)
-            kept = [convert(frame) for frame in video.container.decode(video.stream)]
-            if not kept:
-                raise DecodeError(path, _NO_FRAME)
-            return np.stack(kept)
+        with opened(path) as video:
+            taker = _Taker(video, self.channels)
+            for number, frame in enumerate(decoded(video)):
+                taker.look(frame)
+                taker.keep(frame, number)
+            if not taker.pictures:
+                raise DecodeError(path, NO_FRAME)
+            return taker.clip(len(taker.pictures), video.rate)
+
+
+class PathDecoder:
+    """Decodes whatever a path is: a folder of pictures, or a video file.
+
+    Args:
+        channels: of ``FrameFolderDecoder`` and ``PyAVDecoder``.
+
+    Raises:
+        ValueError: a number of channels other than 1, 3 and 4.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        self._folders = FrameFolderDecoder(channels)
+        self._files = PyAVDecoder(channels)
+
+    def _of(self, path: str) -> Decoder:
+        return self._folders if os.path.isdir(path) else self._files
+
+    def read_clip(
+        self,
+        path: str,
+        frames: int,
+        stride: int,
+        u: float,
+        *,
+        fps: float | None = None,
+        first: int | None = None,
+        count: int | None = None,
+    ) -> Clip:
+        """See ``Decoder.read_clip``."""
+        return self._of(path).read_clip(path, frames, stride, u, fps=fps, first=first, count=count)
+
+    def read_all(self, path: str) -> Clip:
+        """See ``Decoder.read_all``."""
+        return self._of(path).read_all(path)
 
 
 @dataclass(frozen=True)
-class _OpenVideo:
-    container: Any  # av.container.InputContainer
-    stream: Any  # av.video.stream.VideoStream
-    size: tuple[int, int] | None  # (H, W) by the header; None where it does not say
+class _Wanted:
+    """The arguments of ``read_clip``, checked."""
+
+    frames: int
+    stride: int
+    u: float
+    fps: float | None
+    first: int | None
+    count: int | None
+
+    def __post_init__(self) -> None:
+        clip_indices(1, self.frames, self.stride if self.fps is None else 1, self.u)
+        if self.fps is not None:
+            clip_times(1.0, self.frames, self.fps, self.u)
+        check_part(self.first, self.count)
+
+    def indices(self, num_frames: int, rate: Fraction | None = None) -> list[int] | None:
+        """The frames of the clip among the ``num_frames`` of the file; None: none from ``first``.
+
+        With ``fps``, frame i is shown at ``i / rate``.
+        """
+        first = self.first or 0
+        left = min(num_frames - first, self.count or num_frames)
+        if left < 1:
+            return None
+        if self.fps is None:
+            return [first + k for k in clip_indices(left, self.frames, self.stride, self.u)]
+        assert rate is not None
+        times = clip_times(float(left / rate), self.frames, self.fps, self.u)
+        return [first + min(int(time * rate + _ROUNDING), left - 1) for time in times]
+
+    def times(self, seconds: Fraction, rate: Fraction | None) -> list[Fraction] | None:
+        """Times of the clip in a file of that length; None where it has none from ``first`` on."""
+        assert self.fps is not None
+        begin, left = Fraction(0), seconds
+        if self.first or self.count is not None:
+            if not rate:
+                raise ClockError
+            begin = (self.first or 0) / rate
+            left = seconds - begin
+            if self.count is not None:
+                left = min(left, self.count / rate)
+        if left <= 0:
+            return None
+        times = clip_times(float(left), self.frames, self.fps, self.u)
+        return [begin + Fraction(time) for time in times]
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[_OpenVideo]:
-    """Open the first real video stream; whatever FFmpeg raises inside becomes a DecodeError."""
-    import av
+@dataclass
+class _Taker:
+    """Looks at frames as they come, and keeps the wanted ones, converted.
 
-    try:
-        # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-            stream = next((s for s in container.streams.video if not _is_cover(s)), None)
-            if stream is None:
-                raise DecodeError(path, "no video stream")
-            codec = stream.codec_context
-            if codec is None:
-                raise DecodeError(path, "no decoder for its codec")
-            # Workers are processes, one a core: threads inside them would only compete.
-            codec.thread_count = 1
-            size = (codec.height, codec.width) if codec.height and codec.width else None
-            yield _OpenVideo(container, stream, size)
-    except (av.error.FFmpegError, OSError, UnicodeError) as error:
-        raise DecodeError(path, getattr(error, "strerror", None) or str(error)) from error
+    Attributes:
+        pictures: the frames kept, one after the other.
+        stamps: their time stamps.
+        numbers: their numbers, each in the count that ``keep`` was given.
+        origin: time stamp of the first frame of the file.
+    """
+
+    video: OpenVideo
+    channels: int
+    origin: int | None = None
+    pictures: list[Frames] = field(default_factory=list)
+    stamps: list[int | None] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._convert = Converter(self.channels, self.video.size, self.video.pixel_aspect)
+        self._last: int | None = None
+        self.ordered = True
+
+    def look(self, frame: Any) -> None:
+        """Note a frame's time stamp, kept or not."""
+        if self.origin is None:
+            self.origin = frame.pts
+        if frame.pts is None or (self._last is not None and frame.pts <= self._last):
+            self.ordered = False
+        self._last = frame.pts
+
+    def keep(self, frame: Any, number: int, times: int = 1) -> None:
+        """Convert a frame and append it, ``times`` times."""
+        self.pictures += [self._convert(frame)] * times
+        self.stamps += [frame.pts] * times
+        self.numbers += [number] * times
+
+    def clip(self, frames: int, rate: Fraction | None, *, clock: bool = True) -> Clip:
+        """What was kept, the last one held up to ``frames``; timed by the stamps if in order."""
+        held = frames - len(self.pictures)
+        pictures = self.pictures + self.pictures[-1:] * held
+        if clock and self.ordered and self.origin is not None:
+            unit = self.video.stream.time_base
+            seconds = [
+                float((stamp - self.origin) * unit) for stamp in self.stamps if stamp is not None
+            ]
+        elif rate:
+            seconds = [float(number / rate) for number in self.numbers]
+        else:
+            seconds = [math.nan] * len(self.numbers)
+        return Clip(np.stack(pictures), tuple(seconds + seconds[-1:] * held))
 
 
-def _is_cover(stream: Any) -> bool:
-    """Whether a video stream is the cover picture of an audio file."""
-    from av.stream import Disposition
-
-    return bool(stream.disposition & Disposition.attached_pic)
-
-
-def _declared_frames(video: _OpenVideo) -> int | None:
-    """Frames by the container's word: its count, else duration times rate; None without both."""
-    stream = video.stream
-    if stream.frames > 0:
-        return int(stream.frames)
-    seconds = _declared_seconds(video)
-    if seconds is None or not stream.average_rate:
-        return None
-    return max(round(seconds * Fraction(stream.average_rate)), 1)
-
-
-def _declared_seconds(video: _OpenVideo) -> Fraction | None:
-    import av
-
-    stream = video.stream
-    if stream.duration is not None and stream.duration > 0:
-        return Fraction(stream.duration * stream.time_base)
-    start = (stream.start_time or 0) * stream.time_base
-    # Matroska keeps the end of each stream in a tag; the container's own end may be the sound's.
-    tag = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
-    if tag:
-        end = 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3])
-    elif video.container.duration:
-        end = Fraction(video.container.duration, av.time_base)
+def _seek_and_take(video: OpenVideo, indices: list[int], channels: int) -> Clip | None:
+    """The clip of those frames; None where the first of them never came."""
+    taker = _Taker(video, channels)
+    if indices[0] == 0:
+        frames = decoded(video)
     else:
-        return None
-    return end - start if end > start else None
+        ticks = video.frame_ticks
+        if not ticks:
+            raise SeekError
+        taker.origin = first_time(video)
+        # Time stamps are rounded (to 1 ms in Matroska): the wanted frame is the one within half
+        # a frame of its time.
+        target = taker.origin + indices[0] * ticks
+        frames = _shown_from(run_up(video, taker.origin, target + ticks / 2), target - ticks / 2)
+    _take(frames, taker, indices, indices[0])
+    return taker.clip(len(indices), video.rate) if taker.pictures else None
 
 
-def _frames_from(video: _OpenVideo, start: int) -> Iterator[Any]:
-    """Decoded frames from the one numbered ``start`` on; none where seeking cannot be trusted."""
-    container, stream = video.container, video.stream
-    if start == 0:
-        yield from container.decode(stream)
-        return
-    rate = stream.average_rate
-    reordered = stream.codec_context.has_b_frames
-    if not rate or (reordered and container.format.name in _CONTAINERS_WITHOUT_TIMES):
-        return
-    ticks = 1 / (rate * stream.time_base)  # one frame, in units of the stream's time stamps
-    target = (stream.start_time or 0) + start * ticks
-    container.seek(round(target), stream=stream, backward=True)
-    # Time stamps are rounded (to 1 ms in Matroska): the wanted frame is the one within half a
-    # frame of its time.
-    earliest, latest = target - ticks / 2, target + ticks / 2
-    first = True
-    for frame in container.decode(stream):
-        if frame.pts is None or (first and frame.pts > latest):
-            return  # no times, or the seek landed behind the frame
-        first = False
+def _shown_from(frames: Iterator[Any], earliest: Fraction) -> Iterator[Any]:
+    for frame in frames:
+        if frame.pts is None:
+            raise SeekError
         if frame.pts >= earliest:
             yield frame
+            break
+    yield from frames
 
 
-def _read_counting(path: str, num_frames: int, frames: int, stride: int, u: float) -> Frames:
+def _take(frames: Iterable[Any], taker: _Taker, indices: list[int], number: int) -> int:
+    """Keep the frames ``indices`` (never decreasing); the first frame is number ``number``.
+
+    Returns the number of the frame after the last one looked at.
+    """
+    for frame in frames:
+        taker.look(frame)
+        if number == indices[len(taker.pictures)]:
+            taker.keep(frame, number, indices.count(number))
+            if len(taker.pictures) == len(indices):
+                return number + 1
+        number += 1
+    return number
+
+
+def _read_counting(path: str, wanted: _Wanted, channels: int, num_frames: int | None) -> Clip:
     """Decode from the start of the file, counting; ``num_frames`` is the best guess so far."""
+    if num_frames is None:
+        with opened(path) as video:
+            num_frames = declared_frames(video) or count_packets(video)
     for _ in range(2):
-        indices = clip_indices(max(num_frames, 1), frames, stride, u)
-        with _opened(path) as video:
-            clip, num_frames = _take(video.container.decode(video.stream), indices, video.size)
-        if clip is not None:
-            return clip
+        with opened(path) as video:
+            if wanted.fps is not None and not video.rate:
+                raise DecodeError(
+                    path, "no time stamps and no frame rate; use a stride in place of fps"
+                )
+            taker = _Taker(video, channels)
+            # Without a frame to take, the pass only counts.
+            indices = wanted.indices(num_frames, video.rate) or [-1]
+            num_frames = _take(decoded(video), taker, indices, 0)
+            if taker.pictures:
+                return taker.clip(wanted.frames, video.rate, clock=wanted.fps is None)
         # The guess put the start behind the end; that pass has counted the frames there are.
-    raise DecodeError(path, _NO_FRAME)
+    if wanted.indices(num_frames, Fraction(1)) is None and num_frames:
+        raise behind_end(path, wanted.first or 0, num_frames)
+    raise DecodeError(path, NO_FRAME)
 
 
-def _take(
-    decoded: Iterable[Any], wanted: list[int], size: tuple[int, int] | None
-) -> tuple[Frames | None, int]:
-    """Convert the frames at the positions ``wanted`` (never decreasing) of a frame sequence.
+def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
+    """The clip by the frames' own times; raises ``ClockError`` where they are no clock."""
+    with opened(path) as video:
+        seconds = declared_seconds(video)
+        fresh = seconds is not None
+        if seconds is None:
+            seconds = measured_seconds(video) if video.timed else None
+        if seconds is None:
+            raise ClockError
+        taker = _Taker(video, channels)
+        times = wanted.times(seconds, video.rate)
+        if times is not None:
+            try:
+                seconds = _seek_and_show(taker, times, fresh)
+            except SeekError:
+                taker.pictures.clear()
+            if taker.pictures:
+                return taker.clip(wanted.frames, video.rate)
+    for _ in range(2):
+        with opened(path) as video:
+            taker = _Taker(video, channels)
+            # Without a time to show, the pass only measures.
+            times = wanted.times(seconds, video.rate)
+            seconds = _show(decoded(video), taker, times)
+            if taker.pictures:
+                return taker.clip(wanted.frames, video.rate)
+    if not seconds:
+        raise DecodeError(path, NO_FRAME)
+    raise behind_end(path, wanted.first or 0, round(seconds * (video.rate or 0)))
+
+
+def _seek_and_show(taker: _Taker, times: list[Fraction], fresh: bool) -> Fraction:
+    video = taker.video
+    if times[0] == 0:
+        if not fresh:
+            raise SeekError
+        return _show(decoded(video), taker, times)
+    taker.origin = first_time(video)
+    latest = taker.origin + times[0] / video.stream.time_base + _slack(video)
+    return _show(run_up(video, taker.origin, latest), taker, times)
+
+
+def _show(frames: Iterable[Any], taker: _Taker, times: list[Fraction] | None) -> Fraction:
+    """Keep what is shown at each of ``times``, in seconds from the first frame of the file.
+
+    Nothing is kept where the first of them lies behind the end of the last frame; then, and
+    without times, the frames are only measured.
 
     Returns:
-        ``(clip, seen)``: the clip holds its last frame where the sequence ends early, and is None
-        where the first wanted frame never came; ``seen`` frames were decoded.
+        When the last frame looked at ends.
+
+    Raises:
+        ClockError: a time stamp is missing or does not increase.
     """
-    convert = _Converter(size)
-    kept: list[Frames] = []
-    seen = 0
-    for frame in decoded:
-        if seen == wanted[len(kept)]:
-            kept += [convert(frame)] * wanted.count(seen)
-            if len(kept) == len(wanted):
-                return np.stack(kept), seen + 1
-        seen += 1
-    if not kept:
-        return None, seen
-    return np.stack(kept + kept[-1:] * (len(wanted) - len(kept))), seen
+    video = taker.video
+    unit, slack = video.stream.time_base, _slack(video)
+    stamps: list[Fraction] = []
+    shown = None
+    for frame in frames:
+        taker.look(frame)
+        if not taker.ordered or taker.origin is None:
+            raise ClockError
+        if shown is None:
+            stamps = [taker.origin + time / unit + slack for time in times or ()]
+        else:
+            due = sum(stamp < frame.pts for stamp in stamps[len(taker.pictures) :])
+            if due:
+                taker.keep(shown, 0, due)
+        shown = frame
+        if stamps and len(taker.pictures) == len(stamps):
+            break
+    if shown is None:
+        return Fraction(0)
+    end = shown.pts + max(Fraction(shown.duration or 0), video.frame_ticks or Fraction(0))
+    left = len(stamps) - len(taker.pictures)
+    if left and (taker.pictures or stamps[0] <= end + slack):
+        taker.keep(shown, 0, left)
+    assert taker.origin is not None
+    return (end - taker.origin) * unit
 
 
-class _Converter:
-    """Turns decoded frames into RGB arrays ``(H, W, 3)`` of one size, ready to be stacked."""
-
-    def __init__(self, size: tuple[int, int] | None) -> None:
-        from av.video.reformatter import VideoReformatter
-
-        self._size = size
-        # One for all frames: it keeps the scaler's tables, which a frame's own would build anew.
-        self._reformat = VideoReformatter().reformat
-
-    def __call__(self, frame: Any) -> Frames:
-        if self._size is None:
-            self._size = (frame.height, frame.width)
-        height, width = self._size
-        rgb = self._reformat(frame, width=width, height=height, format="rgb24", **_one_thread())
-        plane = rgb.planes[0]
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-        picture = rows[:height, : 3 * width].reshape(height, width, 3)
-        # The angle is counter-clockwise, as rot90's turns are; other angles are left alone.
-        turns, rest = divmod(getattr(frame, "rotation", 0), 90)
-        return np.rot90(picture, turns) if turns and not rest else picture
-
-
-@cache
-def _one_thread() -> dict[str, int]:
-    """The argument that keeps conversion on this thread, where this version of PyAV has it."""
-    from av.video.reformatter import VideoReformatter
-
-    return {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
+def _slack(video: OpenVideo) -> Fraction:
+    """By how much a time stamp may be late because it was rounded, in its own unit."""
+    ticks = video.frame_ticks
+    if ticks is None or ticks.denominator == 1:
+        return _ROUNDING
+    # Never so much that a frame would be shown well before its time.
+    return min(Fraction(1, 2), ticks / 8) + _ROUNDING

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 # The start of a validation clip: the middle one of all the starts there are.
 CENTER_START: Final = 0.5
+
+# Steps that are this near to a whole number are one: durations come rounded to a microsecond.
+_STEP_TOLERANCE: Final = 1e-3
 
 
 def clip_span(frames: int, stride: int) -> int:
@@ -47,3 +51,32 @@ def clip_indices(num_frames: int, frames: int, stride: int, u: float) -> list[in
     start = int(u * starts)
     last = start + (num_frames - 1 - start) // stride * stride
     return [min(start + step * stride, last) for step in range(frames)]
+
+
+def clip_times(seconds: float, frames: int, fps: float, u: float) -> list[float]:
+    """Times of one clip in seconds: ``frames`` of them, ``1 / fps`` apart, never decreasing.
+
+    ``clip_indices`` with a clock in place of a count: the start is uniform over the
+    ``seconds - frames / fps`` in which the clip fits. A video shorter than the clip starts at 0
+    and holds the last time that the steps reach before its end.
+
+    Args:
+        seconds: length of the video, above 0.
+        frames: frames in the clip, at least 1.
+        fps: clip frames a second, above 0.
+        u: uniform number in [0, 1) that picks the start; ``CENTER_START`` is the middle one.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if not 0.0 < seconds < math.inf:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
+    if frames < 1:
+        raise ValueError(f"frames must be at least 1, got {frames}")
+    if not 0.0 < fps < math.inf:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    if not 0.0 <= u < 1.0:
+        raise ValueError(f"u must be in [0, 1), got {u}")
+    start = u * max(seconds - frames / fps, 0.0)
+    last = max(math.ceil((seconds - start) * fps - _STEP_TOLERANCE) - 1, 0)
+    return [start + min(step, last) / fps for step in range(frames)]
