@@ -42,7 +42,7 @@ def batches_of(recipe, config, folder):
         list_videos(folder), frames=config.frames, stride=recipe.data.stride,
         image_size=config.size, seed=recipe.run.seed, cache=True,
     )  # fmt: skip
-    sampler = ClipSampler(FILES, files_per_step=BATCH, seed=recipe.run.seed, total_steps=STEPS)
+    sampler = ClipSampler(FILES, clips_per_step=BATCH, seed=recipe.run.seed, total_steps=STEPS)
     for requests in sampler:
         yield collate_clips([dataset[request] for request in requests])
 

@@ -22,6 +22,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written whole; the message lists why."""
 
 
+class HeadsUnknown(CheckpointError):
+    """Settings that cannot be inferred for want of the number of heads alone."""
+
+
 # Heads of a block cannot be read off its weights. Where a file does not say, the published
 # widths do: the encoders' head widths are 64, 64, 64, 80 and 88, the decoders' 64 (80 for V1's
 # huge). Widths that no published model has need heads= from the caller.
@@ -73,7 +77,7 @@ def infer_config(state: Mapping[str, Tensor], hints: dict[str, Any]) -> VideoMAE
     for name in ("heads", "decoder_heads"):
         if values.get(name, 1) is None:
             of = "width" if name == "heads" else "decoder_width"
-            raise CheckpointError(
+            raise HeadsUnknown(
                 f"the checkpoint does not say its number of heads and no published model has "
                 f"{of} {values[of]}: pass {name}= (--{name.replace('_', '-')})"
             )

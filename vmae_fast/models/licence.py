@@ -56,7 +56,7 @@ def of_args(args: Mapping[str, Any]) -> tuple[str | None, str]:
 
 def read_front_matter(text: str) -> str | None:
     """The licence in a README's front matter; None where it has none, or says "unknown"."""
-    block = _FRONT_MATTER.match(text.lstrip("\ufeff"))
+    block = _FRONT_MATTER.match(text.lstrip("\ufeff").replace("\r\n", "\n"))
     if block is None:
         return None
     said = dict(re.findall(r"^(license|license_name):[ \t]*(.*?)[ \t]*$", block[1], re.MULTILINE))

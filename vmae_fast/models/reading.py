@@ -97,6 +97,7 @@ def _read_folder(folder: Path, shapes_only: bool) -> Checkpoint:
     for file in weights:
         named |= files.read_tensors(file, shapes_only=shapes_only)
     labels: list[str] = []
+    processor: dict[str, Any] = {}
     if settings.get("format") == FORMAT:
         if settings.get("version") != FORMAT_VERSION:
             raise CheckpointError(
@@ -110,7 +111,8 @@ def _read_folder(folder: Path, shapes_only: bool) -> Checkpoint:
         license_from = "config.json"
     else:
         processor_file = folder / "preprocessor_config.json"
-        processor = files.read_json(processor_file) if processor_file.exists() else {}
+        if processor_file.exists():
+            processor = files.read_json(processor_file)
         dialect = "huggingface"
         state, config = huggingface.from_huggingface(named, settings, processor)
         stated, license_from = licence.of_huggingface(folder, settings)
@@ -119,6 +121,7 @@ def _read_folder(folder: Path, shapes_only: bool) -> Checkpoint:
     recorded = {setting.name for setting in dataclasses.fields(VideoMAEConfig)}
     if dialect == "huggingface":
         recorded -= set(huggingface.LACKS)
+        recorded -= {name for name in ("image_mean", "image_std") if name not in processor}
     return Checkpoint(
         folder, weights, dialect, "folder", named, state, config, recorded, license_from,
         labels=labels,
