@@ -10,17 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from typing import Any, Final
 
 from .clip import DecodeError
 
-# Containers whose index says where each picture or keyframe is, and whose headers say when the
-# first picture is shown. In others that time is read off the first picture itself.
-_WITH_START: Final = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_MP4: Final = "mov,mp4,m4a,3gp,3g2,mj2"
 
 # Containers that store no presentation times. With B-frames, what FFmpeg reports for them is
 # the storage order, which is off by the reordering delay; only counting from the start is exact.
 _WITHOUT_TIMES: Final = ("avi",)
+
+# Program streams have times for some pictures only; what FFmpeg makes up for the others after a
+# seek differs from what it makes up on the way from the start.
+_NEVER_SOUGHT: Final = ("mpeg",)
+
+# A rate above this is a clock's unit, not a rate (raw DV has 60000).
+_HIGHEST_RATE: Final = 1000
+
+# Headers may count a part of the frames only (the first fragment's); with duration times rate
+# this far above the count, it is not believed.
+_MISCOUNT: Final = Fraction(11, 10)
 
 _CLOCK: Final = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")  # hours:minutes:seconds.fraction
 
@@ -60,10 +70,13 @@ class OpenVideo:
 
     @property
     def rate(self) -> Fraction | None:
-        """Frames a second on average; by what the codec says where the container has no times."""
+        """Frames a second on average; by what the codec says where the container does not know."""
         stream = self.stream
-        rate = stream.average_rate if self.timed else stream.guessed_rate or stream.average_rate
-        return Fraction(rate) if rate else None
+        said = [stream.average_rate, stream.guessed_rate, stream.base_rate]
+        for rate in said if self.timed else said[1:]:
+            if rate and rate <= _HIGHEST_RATE:
+                return Fraction(rate)
+        return None
 
     @property
     def pixel_aspect(self) -> Fraction:
@@ -120,19 +133,18 @@ def _picture_stream(path: str, container: Any) -> Any:
 
 def declared_frames(video: OpenVideo) -> int | None:
     """Frames by the container's word: its count, else duration times rate; None without both."""
-    stream = video.stream
-    if stream.frames > 0:
-        return max(int(stream.frames) - _cut_away(video), 1)
-    seconds = declared_seconds(video)
-    if seconds is None or not video.rate:
-        return None
-    return max(round(seconds * video.rate), 1)
+    seconds, rate = declared_seconds(video), video.rate
+    estimate = max(round(seconds * rate), 1) if seconds and rate else None
+    if video.stream.frames > 0:
+        counted = max(int(video.stream.frames) - _cut_away(video), 1)
+        return estimate if estimate and estimate > _MISCOUNT * counted + 1 else counted
+    return estimate
 
 
 def _cut_away(video: OpenVideo) -> int:
     """Frames that an MP4 file counts but that its edit list cuts off the start or the end."""
     entries = getattr(video.stream, "index_entries", ())
-    if video.container.format.name != _WITH_START[0] or not len(entries):
+    if video.container.format.name != _MP4 or not len(entries):
         return 0
     kept_first, kept_last = 0, len(entries) - 1
     while kept_first < kept_last and entries[kept_first].is_discard:
@@ -182,17 +194,21 @@ def decoded(video: OpenVideo, *, from_keyframe: bool = False) -> Iterator[Any]:
     A packet that cannot be decoded is passed over, as players do, and so is, with
     ``from_keyframe``, what precedes the first keyframe.
     """
-    import av
-
     for packet in _packets(video):
         if from_keyframe and packet.size and not packet.is_keyframe:
             continue
         from_keyframe = False
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
-            continue
-        yield from frames
+        yield from _decoded_packet(packet)
+
+
+def _decoded_packet(packet: Any) -> list[Any]:
+    import av
+
+    try:
+        frames: list[Any] = packet.decode()
+    except av.error.FFmpegError:
+        return []
+    return frames
 
 
 def _packets(video: OpenVideo) -> Iterator[Any]:
@@ -212,10 +228,15 @@ def first_time(video: OpenVideo) -> int:
     Raises:
         SeekError: it has none, or there is no frame.
     """
+    # The header's start is it, unless the file was cut out of another: then frames at its start
+    # cannot be decoded.
     start = video.stream.start_time
-    if start is None or video.container.format.name not in _WITH_START:
-        first = next(decoded(video), None)
-        start = first and first.pts
+    opening = next(_packets(video), None)
+    if opening is None:
+        raise SeekError
+    if start is None or not opening.is_keyframe or opening.pts != start:
+        frames = [*_decoded_packet(opening), *islice(decoded(video), 1)]
+        start = frames[0].pts if frames else None
     if start is None:
         raise SeekError
     return int(start)
@@ -234,11 +255,10 @@ def run_up(video: OpenVideo, origin: int, latest: Fraction) -> Iterator[Any]:
     import av
 
     stream = video.stream
-    reordered = stream.codec_context.has_b_frames
-    ticks = video.frame_ticks
-    if not ticks or not video.timed:
+    ticks, name = video.frame_ticks, video.container.format.name
+    if not ticks or not video.timed or name in _NEVER_SOUGHT:
         raise SeekError
-    if reordered and video.container.format.name in _WITHOUT_TIMES:
+    if stream.codec_context.has_b_frames and name in _WITHOUT_TIMES:
         raise SeekError
     target, back = latest, ticks
     for _ in range(_SEEKS):

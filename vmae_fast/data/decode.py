@@ -388,7 +388,7 @@ def _show(frames: Iterable[Any], taker: _Taker, times: list[Fraction] | None) ->
     video = taker.video
     unit, slack = video.stream.time_base, _slack(video)
     stamps: list[Fraction] = []
-    shown = None
+    shown, kept = None, 0
     for frame in frames:
         taker.look(frame)
         if not taker.ordered or taker.origin is None:
@@ -396,17 +396,20 @@ def _show(frames: Iterable[Any], taker: _Taker, times: list[Fraction] | None) ->
         if shown is None:
             stamps = [taker.origin + time / unit + slack for time in times or ()]
         else:
-            due = sum(stamp < frame.pts for stamp in stamps[len(taker.pictures) :])
+            due = 0
+            while kept + due < len(stamps) and stamps[kept + due] < frame.pts:
+                due += 1
             if due:
                 taker.keep(shown, 0, due)
+                kept += due
         shown = frame
-        if stamps and len(taker.pictures) == len(stamps):
+        if stamps and kept == len(stamps):
             break
     if shown is None:
         return Fraction(0)
     end = shown.pts + max(Fraction(shown.duration or 0), video.frame_ticks or Fraction(0))
-    left = len(stamps) - len(taker.pictures)
-    if left and (taker.pictures or stamps[0] <= end + slack):
+    left = len(stamps) - kept
+    if left and (kept or stamps[0] <= end + slack):
         taker.keep(shown, 0, left)
     assert taker.origin is not None
     return (end - taker.origin) * unit

@@ -146,10 +146,10 @@ def _rate_notes(video: OpenVideo) -> list[str]:
     """Whether the average rate is far from the smallest step between frames."""
     stream = video.stream
     average, base = stream.average_rate, stream.base_rate
-    if not average:
+    if not video.rate:
         return ["no frame rate"]
     # The base rate is twice the frames' for codecs that count fields.
-    if not base or not video.timed:
+    if not base or not average or not video.timed:
         return []
     ratio = Fraction(base) / Fraction(average)
     if all(abs(ratio - whole) > 0.01 for whole in (1, 2)):
