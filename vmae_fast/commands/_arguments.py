@@ -1,6 +1,135 @@
-"""Flags that are read before the rest."""
+"""Command lines: what is read before the rest, tyro's parser, and help that fits the screen."""
 
 from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from ._help import Flag, flags_of, layout
+
+T = TypeVar("T")
+
+
+def parse(
+    kind: type[T],
+    *,
+    prog: str,
+    description: str,
+    args: list[str],
+    default: T | None = None,
+    usual: Sequence[str] = (),
+    examples: Sequence[str] = (),
+    config: bool = False,
+    known: Mapping[str, object] | None = None,
+) -> T:
+    """Read a command's flags into a dataclass, or print its help and exit.
+
+    ``--help`` shows the usual flags, ``--help-all`` all of them, ``--help GROUP`` those of one
+    field of the dataclass that is a dataclass itself. A flag is named after its field alone.
+
+    Args:
+        kind: the dataclass; the string under each field is its help, in which "None: ..." says
+            what holds where None is the default.
+        prog: how the command is called.
+        description: what it does.
+        args: the command line after the command.
+        default: values of what is not given; None takes those of the fields.
+        usual: names of the flags that ``--help`` shows; none is all of them.
+        examples: command lines to show.
+        config: the command takes ``--config`` too (:func:`take_option` reads it before).
+        known: by field, what a default of None comes to.
+
+    Raises:
+        SystemExit: help was asked for (status 0), or a flag is wrong (status 2).
+    """
+    import tyro
+
+    topic = _topic(args)
+    if topic is not None:
+        flags = flags_of(kind, default, "options", known or {})
+        if config:
+            flags.insert(0, _CONFIG)
+        _show(_help(topic, flags, prog, description, usual, examples), topic)
+        raise SystemExit(0)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        prog=prog,
+        description=description,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+        **given,
+    )
+
+
+_CONFIG = Flag(
+    "options",
+    "",
+    "config",
+    "--config TOML",
+    "Settings to start from: a TOML file, or a recipe by name.",
+    "",
+)
+
+
+def _topic(args: list[str]) -> str | None:
+    """What help is asked for: "" the usual flags, "all", or a group; None is no help."""
+    for number, arg in enumerate(args):
+        if arg == "--help-all":
+            return "all"
+        if arg in ("-h", "--help"):
+            following = args[number + 1 : number + 2]
+            return following[0] if following and not following[0].startswith("-") else ""
+    return None
+
+
+def _help(
+    topic: str,
+    flags: list[Flag],
+    prog: str,
+    description: str,
+    usual: Sequence[str],
+    examples: Sequence[str],
+) -> str:
+    groups = list(dict.fromkeys(flag.group for flag in flags))
+    several = len(groups) > 1 and usual
+    if topic not in ("", "all", *groups) and several:
+        print(
+            f"{prog}: no group of flags {topic!r}; there are {', '.join(groups)}", file=sys.stderr
+        )
+        raise SystemExit(2)
+    arguments = [flag.usage for flag in flags if flag.group == "arguments"]
+    notes = ["[ ] is what holds unless given."]
+    brief = topic == "" and bool(usual)
+    if brief:
+        group = next((name for name in groups if name != "options"), "options")
+        notes[0] += f" All flags: {prog} --help-all; of a group: {prog} --help {group}"
+        by_name = {flag.name: flag for flag in flags}
+        wanted = {by_name[name.removeprefix("--")].name for name in usual} | {"config"}
+        flags = [flag for flag in flags if flag.name in wanted or flag.group == "arguments"]
+    elif topic in groups and several:
+        flags, examples = [flag for flag in flags if flag.group == topic], ()
+    return layout(
+        " ".join([f"usage: {prog}", *arguments, "[options]"]),
+        description,
+        flags,
+        width=shutil.get_terminal_size().columns,
+        brief=brief,
+        examples=examples,
+        notes=notes,
+    )
+
+
+def _show(text: str, topic: str) -> None:
+    """Print it, by the pager where it is all flags and a terminal."""
+    if topic == "all" and sys.stdout.isatty():
+        import pydoc
+
+        pydoc.pager(text)
+        return
+    print(text)
 
 
 def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:
