@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from helpers import hf_config
+from safetensors.torch import load_file
 
 from vmae_fast import CheckpointError, VideoMAE
 from vmae_fast.models.licence import UNSTATED, model_card, read_front_matter
@@ -88,6 +91,26 @@ def test_a_hub_folder_states_it_in_its_readme(theirs):
         '---\nlicense: "cc-by-nc-4.0"\ntags:\n- vision\n---\n# Model\n'
     )
     assert licence_of(theirs) == (NC, "README.md")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_the_readme_is_fetched_from_the_hub(tmp_path, monkeypatch, theirs, weights):
+    hub = pytest.importorskip("huggingface_hub")
+    (theirs / "README.md").write_text("---\nlicense: mit\n---\n")
+    if weights == "pytorch_model.bin":
+        torch.save(load_file(theirs / "model.safetensors"), theirs / weights)
+        (theirs / "model.safetensors").unlink()
+
+    def snapshot_download(repo, *, allow_patterns):
+        for file in theirs.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                (tmp_path / "cache").mkdir(exist_ok=True)
+                shutil.copy(file, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert licence_of("someone/videomae") == ("mit", "README.md")
 
 
 def test_a_folder_that_says_where_it_comes_from(theirs):

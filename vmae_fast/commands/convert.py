@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from tyro.conf import Positional
 
 from vmae_fast._files import atomic_folder
+from vmae_fast.commands._arguments import parse
 from vmae_fast.commands._checkpoints import (
     by,
     describe_grid,
@@ -51,20 +51,22 @@ class ConvertArgs:
     encoder_only: bool = False
     """Leave the decoder out."""
     frames: int | None = None
-    """Frames of a clip, of a .pth that does not say; or others, with --interpolate-positions."""
+    """Frames of a clip, of a .pth that does not say; or others, with --interpolate-positions.
+    None: the source's."""
     image_size: int | None = None
-    """Pixels of a clip's side, likewise."""
+    """Pixels of a clip's side, likewise. None: the source's."""
     interpolate_positions: bool = False
     """Interpolate the tables of positions from the trained grid to that of --frames and
     --image-size."""
     positions_from: tuple[int, int, int] | None = None
-    """Grid of tokens (t h w) that a .pth was trained on, where it does not say."""
+    """Grid of tokens (t h w) that a .pth was trained on, where it does not say. None: its own."""
     heads: int | None = None
-    """Attention heads, of a .pth of no published width."""
+    """Attention heads, of a .pth of no published width. None: the published."""
     decoder_heads: int | None = None
-    """Heads of its decoder."""
+    """Heads of its decoder. None: the published."""
     license: str | None = None
-    """Licence of the weights, where the source states none (cc-by-nc-4.0, mit, ...)."""
+    """Licence of the weights, where the source states none (cc-by-nc-4.0, mit, ...). None: the
+    source's."""
     overwrite: bool = False
     """Replace what is at OUT."""
 
@@ -77,7 +79,16 @@ def run(args: list[str]) -> int:
         ConfigError: flags that do not go together, or OUT holds something.
         OSError: OUT cannot be written.
     """
-    options = tyro.cli(ConvertArgs, prog="vmae-fast convert", args=args)
+    options = parse(
+        ConvertArgs,
+        prog="vmae-fast convert",
+        description="Read a checkpoint of any dialect and write it in another.",
+        args=args,
+        examples=(
+            "vmae-fast convert checkpoint.pth base",
+            "vmae-fast convert runs/mine base-hf --dialect huggingface --encoder-only",
+        ),
+    )
     out = options.out.expanduser()
     # What can be refused without reading a large file is refused before.
     check_target(out, options.dialect)
