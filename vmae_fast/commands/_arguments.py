@@ -22,7 +22,7 @@ def parse(
     usual: Sequence[str] = (),
     examples: Sequence[str] = (),
     config: bool = False,
-    known: Mapping[str, object] | None = None,
+    shown: Mapping[str, object] | None = None,
 ) -> T:
     """Read a command's flags into a dataclass, or print its help and exit.
 
@@ -39,7 +39,7 @@ def parse(
         usual: names of the flags that ``--help`` shows; none is all of them.
         examples: command lines to show.
         config: the command takes ``--config`` too (:func:`take_option` reads it before).
-        known: by field, what a default of None comes to.
+        shown: by field, what help says of its default in the default's place.
 
     Raises:
         SystemExit: help was asked for (status 0), or a flag is wrong (status 2).
@@ -48,7 +48,7 @@ def parse(
 
     topic = _topic(args)
     if topic is not None:
-        flags = flags_of(kind, default, "options", known or {})
+        flags = flags_of(kind, default, "options", shown or {})
         if config:
             flags.insert(0, _CONFIG)
         _show(_help(topic, flags, prog, description, usual, examples), topic)
@@ -96,23 +96,22 @@ def _help(
     groups = list(dict.fromkeys(flag.group for flag in flags))
     several = len(groups) > 1 and usual
     if topic not in ("", "all", *groups) and several:
-        print(
-            f"{prog}: no group of flags {topic!r}; there are {', '.join(groups)}", file=sys.stderr
-        )
+        there_are = ", ".join(groups)
+        print(f"{prog}: no group of flags {topic!r}; there are {there_are}", file=sys.stderr)
         raise SystemExit(2)
     arguments = [flag.usage for flag in flags if flag.group == "arguments"]
-    notes = ["[ ] is what holds unless given."]
+    notes = ["[ ] is what holds unless given."] if any(flag.default for flag in flags) else []
     brief = topic == "" and bool(usual)
     if brief:
         group = next((name for name in groups if name != "options"), "options")
-        notes[0] += f" All flags: {prog} --help-all; of a group: {prog} --help {group}"
+        notes.append(f"all flags: {prog} --help-all; one group: {prog} --help {group}")
         by_name = {flag.name: flag for flag in flags}
         wanted = {by_name[name.removeprefix("--")].name for name in usual} | {"config"}
         flags = [flag for flag in flags if flag.name in wanted or flag.group == "arguments"]
     elif topic in groups and several:
         flags, examples = [flag for flag in flags if flag.group == topic], ()
     return layout(
-        " ".join([f"usage: {prog}", *arguments, "[options]"]),
+        " ".join([f"usage: {prog}", *arguments, *["[options]"] * (len(flags) > len(arguments))]),
         description,
         flags,
         width=shutil.get_terminal_size().columns,

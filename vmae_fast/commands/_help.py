@@ -48,20 +48,20 @@ class Flag:
     default: str
 
 
-def flags_of(kind: type, default: Any, own: str, known: Mapping[str, object]) -> list[Flag]:
+def flags_of(kind: type, default: Any, own: str, shown: Mapping[str, object]) -> list[Flag]:
     """The flags of a dataclass, and of the dataclasses in its fields, which are groups.
 
     Args:
         kind: the dataclass.
         default: an instance whose values are the defaults; None takes those of the fields.
         own: title of the group of its own flags.
-        known: by name, what a default of None comes to.
+        shown: by field, what to say of its default in the default's place.
     """
-    return list(_walk(kind, default, own, "", known))
+    return list(_walk(kind, default, own, "", shown))
 
 
 def _walk(
-    kind: type, default: Any, group: str, about: str, known: Mapping[str, object]
+    kind: type, default: Any, group: str, about: str, shown: Mapping[str, object]
 ) -> Iterator[Flag]:
     docs, types_of = _field_docs(kind), typing.get_type_hints(kind, include_extras=True)
     nested: list[Iterator[Flag]] = []
@@ -71,15 +71,15 @@ def _walk(
         hint, value = types_of[field.name], _default(field, default)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             what = " ".join((hint.__doc__ or "").split())
-            nested.append(_walk(hint, value, field.name, what, known))
+            nested.append(_walk(hint, value, field.name, what, shown))
         else:
-            yield _flag(field.name, hint, value, docs.get(field.name, ""), group, about, known)
+            yield _flag(field.name, hint, value, docs.get(field.name, ""), group, about, shown)
     for part in nested:
         yield from part
 
 
 def _flag(
-    field: str, hint: Any, value: Any, doc: str, group: str, about: str, known: Mapping[str, object]
+    field: str, hint: Any, value: Any, doc: str, group: str, about: str, shown: Mapping[str, object]
 ) -> Flag:
     name = field.replace("_", "-")
     positional = False
@@ -94,8 +94,10 @@ def _flag(
     if len(metavar) > _LONGEST_METAVAR and "|" in metavar:
         doc += f" One of {metavar.replace('|', ', ')}."
         metavar = field.rpartition("_")[2].upper()
-    if value is None:
-        text = _words(known[field]) if field in known else what["what"] if what else ""
+    if field in shown:
+        text = _words(shown[field])
+    elif value is None:
+        text = what["what"] if what else ""
     else:
         text = "" if value is dataclasses.MISSING else _words(value)
     usage = f"--{name} {metavar}".rstrip()

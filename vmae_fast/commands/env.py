@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
+from dataclasses import dataclass
+
+from ._arguments import parse
+
+
+@dataclass
+class EnvArgs:
+    """No flags."""
 
 
 def run(args: list[str]) -> int:
@@ -15,9 +22,13 @@ def run(args: list[str]) -> int:
     from vmae_fast import __version__
     from vmae_fast.ops._backend import backend_summary, extension_summary
 
-    if args:
-        print("usage: vmae-fast env", file=sys.stderr)
-        return 0 if args[0] in ("-h", "--help") else 2
+    parse(
+        EnvArgs,
+        prog="vmae-fast env",
+        description="Print versions, devices, backends and decoders: what to add to a report.",
+        args=args,
+        examples=("vmae-fast env",),
+    )
     rows = [
         ("vmae-fast", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
+
+from ._arguments import parse
 
 
 @dataclass
@@ -18,11 +19,11 @@ class ReconstructArgs:
     video: Positional[str]
     """Video file; the clip is taken from its middle."""
     out: str | None = None
-    """Where to write, without suffix; default beside the working folder, after the video."""
+    """Where to write, without suffix. None: here, under the name of the video."""
     stride: int = 4
     """Source frames from one frame of the clip to the next."""
     seed: int = 0
-    """Of the mask."""
+    """Decides the mask."""
     gif: bool = False
     """Write the moving picture as GIF, not mp4."""
 
@@ -35,7 +36,16 @@ def run(args: list[str]) -> int:
     from vmae_fast.pictures import reconstruct, save_contact_sheet, save_video
     from vmae_fast.train.run_folder import RunFolder
 
-    options = tyro.cli(ReconstructArgs, prog="vmae-fast reconstruct", args=args)
+    options = parse(
+        ReconstructArgs,
+        prog="vmae-fast reconstruct",
+        description="Reconstruct a masked clip of a video: a PNG sheet and a moving picture.",
+        args=args,
+        examples=(
+            "vmae-fast reconstruct runs/mine clip.mp4",
+            "vmae-fast reconstruct MCG-NJU/videomae-base clip.mp4 --out seen --gif",
+        ),
+    )
     checkpoint = RunFolder(Path(options.checkpoint)).latest() or options.checkpoint
     model = VideoMAE.from_pretrained(checkpoint)
     if model.decoder is None:
