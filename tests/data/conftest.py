@@ -88,6 +88,54 @@ def straight_decode(path):
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
 
+def write_frames(path, frames, *, codec="ffv1", rate=25, options=None, aspect=None, matrix=None):
+    """Write ``av.VideoFrame``s as they are, all of one format and size."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height = frames[0].width, frames[0].height
+        stream.pix_fmt, stream.options = frames[0].format.name, options or {}
+        codec_context = stream.codec_context
+        codec_context.thread_count = 1
+        if aspect is not None:
+            codec_context.sample_aspect_ratio = Fraction(aspect)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        for name in ("colorspace", "color_range", "color_trc", "color_primaries"):
+            setattr(codec_context, name, getattr(frames[0], name))
+        for number, frame in enumerate(frames):
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def flat_frame(format, values, *, size=(16, 32), **tags):
+    """A frame of one colour: ``values`` fills each plane, as 8 or 16 bits."""
+    height, width = size
+    frame = av.VideoFrame(width, height, format)
+    dtype = np.uint16 if max(c.bits for c in frame.format.components) > 8 else np.uint8
+    for plane, value in zip(frame.planes, values, strict=True):
+        count = plane.buffer_size // np.dtype(dtype).itemsize
+        plane.update(np.full(count, value, dtype).tobytes())
+    for name, value in tags.items():
+        setattr(frame, name, value)
+    return frame
+
+
+def remux(source, target, *, change=None, keep=None, options=None):
+    """Copy packets into another file: those that ``keep(n)`` says, after ``change(n, packet)``."""
+    with av.open(str(source)) as video, av.open(str(target), "w", options=options or {}) as out:
+        stream = out.add_stream_from_template(video.streams.video[0])
+        for number, packet in enumerate(video.demux(video=0)):
+            if packet.dts is None or (keep is not None and not keep(number)):
+                continue
+            if change is not None:
+                change(number, packet)
+            packet.stream = stream
+            out.mux(packet)
+    return target
+
+
 @pytest.fixture(scope="session")
 def clips():
     """The helpers of this file."""
@@ -96,4 +144,8 @@ def clips():
         write_audio=write_audio,
         read_numbers=read_numbers,
         straight_decode=straight_decode,
+        write_frames=write_frames,
+        flat_frame=flat_frame,
+        draw_frame=draw_frame,
+        remux=remux,
     )

@@ -159,7 +159,7 @@ def declared_seconds(video: OpenVideo) -> Fraction | None:
     import av
 
     stream = video.stream
-    if not video.timed:
+    if not video.timed or video.container.format.name in _NEVER_SOUGHT:
         return None
     if stream.duration is not None and stream.duration > 0:
         return Fraction(stream.duration * stream.time_base)
@@ -217,9 +217,12 @@ def _packets(video: OpenVideo) -> Iterator[Any]:
 
     try:
         yield from video.container.demux(video.stream)
-    except av.error.InvalidDataError:
+    except (av.error.InvalidDataError, IndexError):
+        # IndexError: PyAV fails at the end of a file in which streams appeared on the way.
         # What the decoder holds back still comes out.
-        yield av.Packet()
+        last = av.Packet()
+        last.stream = video.stream
+        yield last
 
 
 def first_time(video: OpenVideo) -> int:

@@ -20,6 +20,10 @@ _DEEP: Final = {1: "rgb48le", 3: "rgb48le", 4: "rgba64le"}
 _WIDEST_PIXEL: Final = 4
 _NEARLY_SQUARE: Final = 0.01
 
+# The first line stays as it is. Of estdif's searches for edges the quickest, which takes half the
+# time of its defaults.
+_TOP_FIELD: Final = "mode=frame:parity=tff:deint=all:rslope=1:redge=0:interp=2p"
+
 # swscale's number of BT.601.
 _BT601: Final = 5
 
@@ -32,8 +36,8 @@ class Converter:
       than 8 bits are rounded to 8. Grey is the luma that the file stores, stretched to 0..255;
       from RGB it is the luma of BT.601. Alpha is the file's, or 255.
     - High dynamic range (PQ and HLG) is tone mapped, see ``tone.py``.
-    - Interlaced frames are deinterlaced, one frame out for each in: the lines of the field shown
-      first stay, the others are interpolated along edges between them (FFmpeg's ``estdif``).
+    - Interlaced frames are deinterlaced, one frame out for each in: the lines of the top field
+      stay, the others are interpolated along edges between them (FFmpeg's ``estdif``).
       No other frame is looked at, so that a frame is the same wherever decoding started.
     - Pixels that are not square: the width is scaled by their aspect, in the same step.
     - A rotation or mirroring that the file asks players for is applied, in quarter turns.
@@ -103,7 +107,7 @@ def shown_size(height: int, width: int, pixel_aspect: Fraction) -> tuple[int, in
 
 
 def deinterlace(frame: Any) -> Any:
-    """The frame that shows the moment of an interlaced frame's first field."""
+    """The frame that shows the moment of an interlaced frame's top field."""
     import av
     from av.filter import Graph
 
@@ -111,13 +115,14 @@ def deinterlace(frame: Any) -> Any:
         return frame
     # A graph for each frame: what it has seen before cannot show in what comes out.
     graph = Graph()
+    graph.threads = 1
     source = graph.add_buffer(
         width=frame.width,
         height=frame.height,
         format=frame.format,
         time_base=frame.time_base or Fraction(1, av.time_base),
     )
-    filtered = graph.add("estdif", "mode=frame:parity=auto:deint=all")
+    filtered = graph.add("estdif", _TOP_FIELD)
     sink = graph.add("buffersink")
     source.link_to(filtered)
     filtered.link_to(sink)

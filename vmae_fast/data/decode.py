@@ -349,6 +349,7 @@ def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
                 taker.pictures.clear()
             if taker.pictures:
                 return taker.clip(wanted.frames, video.rate)
+    num_frames = 0
     for _ in range(2):
         with opened(path) as video:
             taker = _Taker(video, channels)
@@ -357,9 +358,10 @@ def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
             seconds = _show(decoded(video), taker, times)
             if taker.pictures:
                 return taker.clip(wanted.frames, video.rate)
+            num_frames = round(seconds * (video.rate or 0))
     if not seconds:
         raise DecodeError(path, NO_FRAME)
-    raise behind_end(path, wanted.first or 0, round(seconds * (video.rate or 0)))
+    raise behind_end(path, wanted.first or 0, num_frames)
 
 
 def _seek_and_show(taker: _Taker, times: list[Fraction], fresh: bool) -> Fraction:
