@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ._help import Flag, flags_of, layout
@@ -50,7 +52,7 @@ def parse(
     if topic is not None:
         flags = flags_of(kind, default, "options", shown or {})
         if config:
-            flags.insert(0, _CONFIG)
+            flags.insert(0, _config_flag((shown or {}).get("config", "")))
         _show(_help(topic, flags, prog, description, usual, examples), topic)
         raise SystemExit(0)
     given: dict[str, Any] = {} if default is None else {"default": default}
@@ -64,14 +66,12 @@ def parse(
     )
 
 
-_CONFIG = Flag(
-    "options",
-    "",
-    "config",
-    "--config TOML",
-    "Settings to start from: a TOML file, or a recipe by name.",
-    "",
-)
+def _config_flag(default: object) -> Flag:
+    """``--config``, which is no field of a dataclass."""
+    folder = resources.files("vmae_fast.configs")
+    recipes = sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
+    text = f"Settings to start from: a TOML file, or a recipe ({', '.join(recipes)})."
+    return Flag("options", "", "config", "--config TOML", text, str(default))
 
 
 def _topic(args: list[str]) -> str | None:
@@ -104,7 +104,7 @@ def _help(
     brief = topic == "" and bool(usual)
     if brief:
         group = next((name for name in groups if name != "options"), "options")
-        notes.append(f"all flags: {prog} --help-all; one group: {prog} --help {group}")
+        notes.append(f"all flags: {prog} --help-all; one group: --help {group}")
         by_name = {flag.name: flag for flag in flags}
         wanted = {by_name[name.removeprefix("--")].name for name in usual} | {"config"}
         flags = [flag for flag in flags if flag.name in wanted or flag.group == "arguments"]
@@ -129,6 +129,27 @@ def _show(text: str, topic: str) -> None:
         pydoc.pager(text)
         return
     print(text)
+
+
+def shown_of_model(model: Any, args: list[str], of_checkpoint: bool = False) -> dict[str, object]:
+    """What help says of the settings of a model that are not set.
+
+    Args:
+        model: the settings (:class:`~vmae_fast.train.ModelSettings`).
+        args: flags, for ``--model``.
+        of_checkpoint: a checkpoint decides them, not the size.
+    """
+    from vmae_fast.models import SIZES, VideoMAEConfig
+
+    unset = [name for name, value in vars(model).items() if value is None and name != "model"]
+    if of_checkpoint:
+        return dict.fromkeys(unset, "the checkpoint's")
+    size = peek_option(args, "--model") or model.model or "base"
+    if size not in SIZES:
+        return {}
+    config = VideoMAEConfig.of(size)
+    square = {"image_size": config.size[0], "patch_size": config.tubelet[1]}
+    return {name: square.get(name, getattr(config, name)) for name in unset}
 
 
 def take_option(args: list[str], name: str) -> tuple[str | None, list[str]]:

@@ -95,7 +95,7 @@ def _flag(
         doc += f" One of {metavar.replace('|', ', ')}."
         metavar = field.rpartition("_")[2].upper()
     if field in shown:
-        text = _words(shown[field])
+        text = str(shown[field]) if metavar == "True|False" else _words(shown[field])
     elif value is None:
         text = what["what"] if what else ""
     else:
