@@ -61,7 +61,7 @@ def train(folder: Path, plain: bool, seed: int, steps: int) -> list[float]:
         cache=True,
     )
     sampler = ClipSampler(
-        len(files), files_per_step=schedule.files_per_step, seed=seed, total_steps=steps
+        len(files), clips_per_step=recipe.optim.batch_size, seed=seed, total_steps=steps
     )
     losses = []
     for step, requests in enumerate(sampler):

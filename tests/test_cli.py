@@ -200,9 +200,9 @@ def test_defaults(monkeypatch, capsys):
     assert (tiny.model.model, tiny.optim.steps, tiny.optim.batch_size) == ("tiny", 1000, 16)
     assert (base.model.model, base.optim.epochs, base.optim.base_lr) == ("base", 800, 1.5e-4)
     assert (v2.model.decoder_mask_ratio, v2.optim.steps, v2.data.repeats) == (0.5, 5, 4)
-    assert (tiny.data.cache, streamed.data.cache) == (True, False)
+    assert (tiny.loading.cache, streamed.loading.cache) == (True, False)
     # One's own folder is not held in memory, and flags win over the recipe's settings.
-    assert (own.model.model, own.data.cache, own.run.target) == ("tiny", False, None)
+    assert (own.model.model, own.loading.cache, own.run.target) == ("tiny", False, None)
     assert (own.optim.steps, own.optim.epochs) == (None, 3)
     assert (own.optim.lr, own.optim.base_lr) == (None, 1e-3)
 

@@ -8,6 +8,7 @@ import torch
 
 from vmae_fast.data import (
     BadFile,
+    Clip,
     ClipDataset,
     ClipRequest,
     ClipSampler,
@@ -27,7 +28,7 @@ class ArrayDecoder:
 
     def __init__(self, height=40, width=56):
         self.height, self.width = height, width
-        self.calls = []
+        self.calls, self.asked = [], []
 
     def read_all(self, path):
         self.calls.append(path)
@@ -36,11 +37,14 @@ class ArrayDecoder:
         name, count = path.split(":")
         seed = sum(name.encode())
         shape = (int(count), self.height, self.width, 3)
-        return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        frames = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        return Clip(frames, tuple(k / 10 for k in range(len(frames))))
 
-    def read_clip(self, path, frames, stride, u):
+    def read_clip(self, path, frames, stride, u, **how):
+        self.asked.append((frames, stride, u, how))
         video = self.read_all(path)
-        return video[clip_indices(len(video), frames, stride, u)]
+        indices = clip_indices(len(video.frames), frames, stride, u)
+        return Clip(video.frames[indices], tuple(video.times_s[k] for k in indices))
 
 
 def files_of(*paths):
@@ -72,7 +76,7 @@ def real_set(folder, **arguments):
 
 
 def sampler_of(count, **arguments):
-    return ClipSampler(count, **{"files_per_step": 4, "seed": 5, "total_steps": 5, **arguments})
+    return ClipSampler(count, **{"clips_per_step": 4, "seed": 5, "total_steps": 5, **arguments})
 
 
 def test_batch_contract():
@@ -103,7 +107,7 @@ def test_crops_of_a_clip_show_the_same_frames():
     dataset = ClipDataset(
         files_of("a:30"), frames=4, stride=3, image_size=(24, 24), repeats=16, decoder=decoder
     )
-    video = decoder.read_all("a:30")
+    video = decoder.read_all("a:30").frames
     item = dataset[ClipRequest(0, 0)]
     found = set()
     for crop in item.crops:
@@ -150,7 +154,7 @@ def test_validation_is_the_middle_clip_and_the_centre():
     dataset = ClipDataset(
         files_of("a:31"), frames=4, stride=2, image_size=(40, 40), train=False, decoder=decoder
     )
-    video = decoder.read_all("a:31")
+    video = decoder.read_all("a:31").frames
     expected = video[12:19:2, :, 8:48]  # starts 0 to 23, the middle one 12
     assert np.array_equal(dataset[ClipRequest(3, 0)].crops[0].numpy(), expected)
 
@@ -314,123 +318,12 @@ def test_pinned_batches_reach_the_gpu_unchanged(folder):
         same_batches([on_gpu.to("cpu", non_blocking=False)], [plain])
 
 
-# --- the sampler
-
-
-def flat(batches):
-    return [(request.epoch, request.index) for batch in batches for request in batch]
-
-
-def test_epochs_are_permutations_without_remainder():
-    order = flat(ClipSampler(10, files_per_step=4, seed=3, total_steps=15))
-    assert len(order) == 60
-    for epoch in range(6):
-        part = order[10 * epoch : 10 * (epoch + 1)]
-        assert {number for number, _ in part} == {epoch}
-        assert sorted(index for _, index in part) == list(range(10))
-    assert len({tuple(i for _, i in order[10 * e : 10 * e + 10]) for e in range(6)}) == 6
-    assert order != flat(ClipSampler(10, files_per_step=4, seed=4, total_steps=15))
-
-
-def test_a_step_may_hold_several_epochs():
-    order = flat(ClipSampler(3, files_per_step=8, seed=3, total_steps=3))
-    assert [epoch for epoch, _ in order] == [position // 3 for position in range(24)]
-    assert collections.Counter(index for _, index in order) == {0: 8, 1: 8, 2: 8}
-
-
-def test_indices_may_be_given():
-    order = flat(ClipSampler([4, 7, 9], files_per_step=3, seed=3, total_steps=2))
-    assert sorted(index for _, index in order[:3]) == [4, 7, 9]
-    assert {type(index) for _, index in order} == {int}
-
-
-@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 3), (4, 3)])
-def test_ranks_and_micro_batches_share_out_each_step(world_size, accumulate):
-    steps, per_step = 7, 24
-    whole = flat(ClipSampler(31, files_per_step=per_step, seed=3, total_steps=steps))
-    shares = [
-        list(
-            ClipSampler(
-                31,
-                files_per_step=per_step,
-                seed=3,
-                total_steps=steps,
-                rank=rank,
-                world_size=world_size,
-                accumulate=accumulate,
-            )
-        )
-        for rank in range(world_size)
-    ]
-    for share in shares:
-        assert len(share) == steps * accumulate
-        assert {len(batch) for batch in share} == {per_step // world_size // accumulate}
-    for step in range(steps):
-        together = [
-            batch
-            for share in shares
-            for batch in share[step * accumulate : (step + 1) * accumulate]
-        ]
-        assert flat(together) == whole[step * per_step : (step + 1) * per_step]
-
-
-def test_resuming_is_the_tail():
-    arguments = {"files_per_step": 8, "seed": 3, "total_steps": 9, "accumulate": 2}
-    whole = list(ClipSampler(11, **arguments))
-    for start in range(10):
-        resumed = ClipSampler(11, start_step=start, **arguments)
-        assert len(resumed) == 2 * (9 - start)
-        assert list(resumed) == whole[2 * start :]
-
-
-def test_iterating_twice_gives_the_same():
-    sampler = ClipSampler(5, files_per_step=2, seed=0, total_steps=6)
-    assert list(sampler) == list(sampler)
-
-
 def test_resumed_batches_are_the_tail(folder):
     def batches(start):
         sampler = sampler_of(7, start_step=start)
         return list(make_loader(real_set(folder), sampler, workers=0, pin_memory=False))
 
     same_batches(batches(3), batches(0)[3:])
-
-
-def test_one_permutation_an_epoch(monkeypatch):
-    sampler = ClipSampler(1000, files_per_step=10, seed=0, total_steps=250)
-    epochs = []
-    original = np.random.Generator
-
-    class Counting(original):
-        def permutation(self, *arguments):
-            epochs.append(arguments)
-            return original.permutation(self, *arguments)
-
-    monkeypatch.setattr(np.random, "Generator", Counting)
-    assert sum(len(batch) for batch in sampler) == 2500
-    assert len(epochs) == 3
-
-
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"files_per_step": 10, "world_size": 4}, r"files_per_step=10 .* 4 \* 1 = 4"),
-        ({"files_per_step": 12, "world_size": 4, "accumulate": 2}, r"=12 .* 4 \* 2 = 8"),
-        ({"files_per_step": 0}, "files_per_step=0"),
-        ({"accumulate": 0}, "must be a multiple"),
-        ({"rank": 1}, r"rank must be in \[0, world_size=1\), got 1"),
-        ({"start_step": 6}, r"start_step must be in \[0, 5\], got 6"),
-    ],
-)
-def test_sampler_errors(wrong, match):
-    with pytest.raises(ValueError, match=match):
-        sampler_of(9, **wrong)
-
-
-def test_sampler_without_files():
-    for nothing in (0, []):
-        with pytest.raises(ValueError, match="names no file"):
-            sampler_of(nothing)
 
 
 def test_loader_refuses_a_negative_number_of_workers():

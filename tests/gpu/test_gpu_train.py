@@ -92,7 +92,7 @@ def config(tmp_path):
     config.model.model = "tiny"
     config.model.frames, config.model.image_size = 4, 32
     config.data.data = str(synthetic_videos(tmp_path / "videos", count=16, size=40, frames=24))
-    config.data.stride, config.data.val, config.data.workers = 2, 0.125, 0
+    config.data.stride, config.loading.val, config.loading.workers = 2, 0.125, 0
     config.optim.batch_size, config.optim.micro_batch, config.optim.steps = 8, 4, 2
     config.optim.lr, config.optim.warmup_steps = 1e-3, 0
     config.run.out = str(tmp_path / "run")

@@ -19,7 +19,7 @@ def config(videos, tmp_path):
     config.model.model = "tiny"
     config.model.frames, config.model.image_size = 4, 32
     config.data.data = str(videos)
-    config.data.stride, config.data.val, config.data.workers = 2, 0.125, 0
+    config.data.stride, config.loading.val, config.loading.workers = 2, 0.125, 0
     config.optim.batch_size, config.optim.steps = 8, 8
     config.optim.lr, config.optim.warmup_steps = 1e-3, 2
     config.run.out = str(tmp_path / "run")

@@ -86,7 +86,7 @@ def test_validation_is_what_the_checkpoint_gives(config):
     result = pretrain(config)
     model = VideoMAE.from_pretrained(result.checkpoint).eval()
     files = list_videos(config.data.data)
-    _, held_out = split_validation(len(files), config.data.val, config.run.seed)
+    _, held_out = split_validation(len(files), config.loading.val, config.run.seed)
     dataset = ClipDataset(files, frames=4, stride=2, image_size=(32, 32), train=False)
     total = 0.0
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_accumulation_equals_the_large_batch(config, tmp_path, extra):
 def test_resume_is_bitwise(config, tmp_path, monkeypatch, steps):
     """With drop path, flips, repeats, accumulation and averaged weights."""
     config.model.drop_path = 0.3
-    config.data.flip, config.data.repeats = True, 2
+    config.loading.flip, config.data.repeats = True, 2
     config.optim.micro_batch, config.optim.ema_decay, config.optim.clip_grad = 4, 0.9, 0.5
     whole = pretrain(config)
 
@@ -269,7 +269,7 @@ def test_workers_and_cache_change_nothing(config, tmp_path):
     config.optim.steps = 3
     states = []
     for workers, cache in ((0, False), (2, False), (0, True)):
-        config.data.workers, config.data.cache = workers, cache
+        config.loading.workers, config.loading.cache = workers, cache
         config.run.out = str(tmp_path / f"{workers}{cache}")
         states.append(weights(pretrain(config)))
     assert_same_weights(states[1], states[0])

@@ -140,7 +140,7 @@ def test_two_ranks_equal_one(config, tmp_path, extra):
         (mixed / f"{path.parent.name}-{path.name}").symlink_to(path)
     for number in range(2):
         (mixed / f"bad{number}.mp4").write_bytes(b"not a video")
-    config.data.data, config.data.max_bad = str(mixed), 0.5
+    config.data.data, config.loading.max_bad = str(mixed), 0.5
     common = {"steps": 3, "micro_batch": 2, "repeats": 2, "save_every": 3, **extra}
     process = start(command(config, **common))
     output, _ = process.communicate(timeout=90)

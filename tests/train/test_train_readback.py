@@ -65,7 +65,7 @@ def test_values_come_late_in_order_and_as_they_were():
 def test_the_lag_changes_no_row(config, tmp_path, monkeypatch):
     config.run.log_every, config.run.save_every, config.run.val_every = 2, 5, 3
     rows = []
-    config.data.cache = True
+    config.loading.cache = True
     for lag in (1, LAG):
         monkeypatch.setattr(Readback.__init__, "__defaults__", (lag,))
         config.run.out = str(tmp_path / f"lag{lag}")

@@ -5,17 +5,19 @@ Importing this needs torch and numpy; PyAV (``av``) is imported when a file is o
 """
 
 from .augment import center_crop_box, crop_resize, multi_scale_crop_box
+from .clip import Clip, DecodeError, Decoder
 from .dataset import (
+    CHANNELS,
     BadFile,
     ClipBatch,
     ClipDataset,
     ClipItem,
-    ClipRequest,
-    ClipSampler,
     collate_clips,
     make_loader,
 )
-from .decode import DecodeError, Decoder, PyAVDecoder
+from .decode import PathDecoder, PyAVDecoder
+from .order import ClipRequest, ClipSampler, EpochOrder
+from .parts import clips_by_duration, parts_of
 from .rng import host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
 from .sources import (
@@ -32,9 +34,11 @@ from .synthetic import MOTIONS, render_motion, synthetic_videos
 
 __all__ = [
     "CENTER_START",
+    "CHANNELS",
     "MOTIONS",
     "VIDEO_SUFFIXES",
     "BadFile",
+    "Clip",
     "ClipBatch",
     "ClipDataset",
     "ClipItem",
@@ -43,19 +47,23 @@ __all__ = [
     "DataError",
     "DecodeError",
     "Decoder",
+    "EpochOrder",
     "Listing",
+    "PathDecoder",
     "PyAVDecoder",
     "Sampling",
     "VideoFile",
     "center_crop_box",
     "clip_indices",
     "clip_span",
+    "clips_by_duration",
     "collate_clips",
     "crop_resize",
     "host_rng",
     "list_videos",
     "make_loader",
     "multi_scale_crop_box",
+    "parts_of",
     "read_source",
     "render_motion",
     "split_validation",

@@ -1,29 +1,33 @@
 """Clips for training: files in, uint8 batches out, in an order that any rank can work out.
 
-The order is decided by ``ClipSampler`` alone, the content of a clip by ``ClipDataset`` alone, both
-from counter-based random numbers. What a batch holds therefore does not depend on the number of
-workers or GPUs, nor on where a run was stopped and resumed.
+The order is decided by ``ClipSampler`` (``order.py``) alone, the content of a clip by
+``ClipDataset`` alone, both from counter-based random numbers. What a batch holds therefore does
+not depend on the number of workers or GPUs, nor on where a run was stopped and resumed.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .augment import center_crop_box, crop_resize, multi_scale_crop_box
-from .decode import DecodeError, Decoder, PyAVDecoder
-from .rng import CROP, REPLACE, SHUFFLE, START, host_rng
+from .clip import Clip, DecodeError, Decoder
+from .decode import PathDecoder
+from .order import ClipRequest, ClipSampler
+from .rng import CROP, REPLACE, START, host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
-from .sources import DataError, VideoFile
+from .sources import DataError, Sampling, VideoFile
+
+# Channels that clips can have: grey, RGB, RGBA.
+CHANNELS: Final = (1, 3, 4)
 
 # Bad files in a row before giving up: a stray bad file is passed over, a wrong folder is not.
 MAX_ATTEMPTS: Final = 10
@@ -31,14 +35,6 @@ MAX_ATTEMPTS: Final = 10
 # Batches that each worker holds ready: enough to ride out one slow file, few enough that 16
 # workers do not fill the shared memory.
 PREFETCH: Final = 3
-
-
-@dataclass(frozen=True)
-class ClipRequest:
-    """One clip wanted: pass ``epoch`` over the files, entry ``index`` of the file list."""
-
-    epoch: int
-    index: int
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,12 @@ class ClipItem:
 
     Attributes:
         crops: one uint8 ``(T, H, W, C)`` tensor a repeat.
+        first: number of the first of these repeats.
         clip: index of the file used; not the one requested where that could not be read.
         epoch: the request's.
         path: of the file used.
+        times_s: when each frame is shown, seconds from the start of the file; NaN where the file
+            has no clock.
         bad: files that could not be read on the way.
     """
 
@@ -65,6 +64,8 @@ class ClipItem:
     clip: int
     epoch: int
     path: str
+    times_s: tuple[float, ...]
+    first: int = 0
     bad: list[BadFile] = field(default_factory=list)
 
 
@@ -112,7 +113,7 @@ class ClipBatch:
 class ClipDataset(Dataset[ClipItem]):
     """Clips of a list of video files, decoded on demand.
 
-    ``dataset[ClipRequest(epoch, index)]`` decodes one clip of file ``index`` and cuts ``repeats``
+    ``dataset[ClipRequest(epoch, index)]`` decodes one clip of file ``index`` and cuts its repeats'
     crops out of it. In training the start is drawn from (seed, epoch, file), each crop and flip
     from (seed, epoch, file, repeat); otherwise the clip is the middle one and the crop the centre.
 
@@ -120,22 +121,26 @@ class ClipDataset(Dataset[ClipItem]):
     takes its place; its clip is the one that a request for it in the same epoch gives.
 
     Args:
-        files: the videos; must not be empty.
+        files: the videos; must not be empty. What a file says of its sampling goes before
+            ``stride``, ``fps`` and ``repeats``.
         frames: frames in a clip.
         stride: source frames from one to the next.
         image_size: ``(height, width)`` of the clips.
         seed: of every draw.
-        repeats: crops a decoded clip (V2's repeated augmentation has 4).
+        repeats: crops a decoded clip (V2's repeated augmentation has 4); 1 outside training.
         flip: mirror half of the crops (training only; V1 and V2 pretrain without).
         train: random start and crop; False: middle start, centre crop.
         cache: keep every decoded video whole in memory, uint8, in each worker that has read it:
-            for sets far smaller than memory. The clips are the same as without.
-        decoder: how files are read; PyAV unless given.
+            for sets far smaller than memory. The clips are the same as without. Entries that are
+            parts of files, and those sampled by ``fps``, are decoded each time.
+        decoder: how files are read; PyAV, and Pillow for folders of frames, unless given.
         replacements: file indices that may stand in for a bad file, so that training never sees
             a held-out file; all of them unless given.
+        fps: frames of the clip a second, in place of the stride.
+        channels: of the clips: 3 (RGB), 1 (grey) or 4 (RGBA).
 
     Raises:
-        ValueError: ``files`` or ``replacements`` is empty, or a number is below 1.
+        ValueError: ``files`` or ``replacements`` is empty, or a number is out of its range.
     """
 
     def __init__(
@@ -143,7 +148,7 @@ class ClipDataset(Dataset[ClipItem]):
         files: Sequence[VideoFile],
         *,
         frames: int,
-        stride: int,
+        stride: int = 1,
         image_size: tuple[int, int],
         seed: int = 0,
         repeats: int = 1,
@@ -152,6 +157,8 @@ class ClipDataset(Dataset[ClipItem]):
         cache: bool = False,
         decoder: Decoder | None = None,
         replacements: Sequence[int] | None = None,
+        fps: float | None = None,
+        channels: int = 3,
     ) -> None:
         clip_span(frames, stride)  # checks both
         if repeats < 1 or min(image_size) < 1:
@@ -159,13 +166,14 @@ class ClipDataset(Dataset[ClipItem]):
                 f"repeats and image_size must be at least 1, got {repeats} and {image_size}"
             )
         self.files = list(files)
-        self.frames, self.stride, self.image_size = frames, stride, image_size
-        self.seed, self.repeats, self.flip, self.train = seed, repeats, flip, train
-        self.decoder: Decoder = PyAVDecoder() if decoder is None else decoder
+        self.frames, self.image_size = frames, image_size
+        self.sampling = Sampling(stride, fps, repeats)
+        self.seed, self.flip, self.train = seed, flip, train
+        self.decoder: Decoder = PathDecoder(channels) if decoder is None else decoder
         self.replacements = list(range(len(self.files)) if replacements is None else replacements)
         if not self.files or not self.replacements:
             raise ValueError("files and replacements must not be empty")
-        self._cache: dict[int, npt.NDArray[np.uint8] | DecodeError] | None = {} if cache else None
+        self._cache: dict[str, Clip | DecodeError] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -176,8 +184,9 @@ class ClipDataset(Dataset[ClipItem]):
         Raises:
             DataError: ``MAX_ATTEMPTS`` files in a row, or all that there are, cannot be read.
         """
+        wanted = self._repeats(request)
         bad: list[BadFile] = []
-        tried: set[int] = set()
+        tried: set[str] = set()
         index: int | None = request.index
         while index is not None and len(bad) < MAX_ATTEMPTS:
             path = self.files[index].path
@@ -185,34 +194,55 @@ class ClipDataset(Dataset[ClipItem]):
                 clip = self._read_clip(request.epoch, index)
             except DecodeError as error:
                 bad.append(BadFile(path, error.reason))
-                tried.add(index)
+                tried.add(path)
                 index = self._replacement(request, tried)
             else:
-                crops = [self._crop(clip, request.epoch, index, k) for k in range(self.repeats)]
-                return ClipItem(crops, index, request.epoch, path, bad)
+                crops = [self._crop(clip.frames, request.epoch, index, k) for k in wanted]
+                return ClipItem(
+                    crops, index, request.epoch, path, clip.times_s, wanted.start, bad
+                )  # fmt: skip
         listing = "\n".join(f"  {file.path}: {file.reason}" for file in bad)
         raise DataError(
             f"{len(bad)} files in a row could not be read; check that they are videos, or take "
             f"them out of the list:\n{listing}"
         )
 
-    def _read_clip(self, epoch: int, index: int) -> npt.NDArray[np.uint8]:
+    def _repeats(self, request: ClipRequest) -> range:
+        """Numbers of the repeats that a request asks for."""
+        if not self.train:
+            return range(1)
+        if request.repeats is not None:
+            return range(request.first, request.first + request.repeats)
+        return range(request.first, self._sampling(request.index).repeats)
+
+    def _sampling(self, index: int) -> Sampling:
+        return self.files[index].sampling or self.sampling
+
+    def _read_clip(self, epoch: int, index: int) -> Clip:
         u = CENTER_START
         if self.train:
             u = host_rng(self.seed, stream=START, epoch=epoch, clip=index).random()
-        path = self.files[index].path
-        if self._cache is None:
-            return self.decoder.read_clip(path, self.frames, self.stride, u)
-        if index not in self._cache:
+        file, sampling = self.files[index], self._sampling(index)
+        part, parts = file.part
+        # The largest float below 1 where the sum rounds up to it.
+        u = min((part + u) / parts, 1 - 2**-53)
+        whole = file.first is None and file.count is None
+        if self._cache is None or not whole or sampling.fps is not None:
+            return self.decoder.read_clip(
+                file.path, self.frames, sampling.stride, u,
+                fps=sampling.fps, first=file.first, count=file.count,
+            )  # fmt: skip
+        if file.path not in self._cache:
             try:
-                self._cache[index] = self.decoder.read_all(path)
+                self._cache[file.path] = self.decoder.read_all(file.path)
             except DecodeError as error:
                 # Without the traceback, whose frames would keep the decoder's buffers alive.
-                self._cache[index] = DecodeError(error.path, error.reason)
-        video = self._cache[index]
+                self._cache[file.path] = DecodeError(error.path, error.reason)
+        video = self._cache[file.path]
         if isinstance(video, DecodeError):
             raise DecodeError(video.path, video.reason)
-        return video[clip_indices(len(video), self.frames, self.stride, u)]
+        indices = clip_indices(len(video.frames), self.frames, sampling.stride, u)
+        return Clip(video.frames[indices], tuple(video.times_s[index] for index in indices))
 
     def _crop(self, clip: npt.NDArray[np.uint8], epoch: int, index: int, repeat: int) -> Tensor:
         height, width = clip.shape[1:3]
@@ -225,9 +255,9 @@ class ClipDataset(Dataset[ClipItem]):
         flip = self.flip and rng.random() < 0.5
         return crop_resize(clip, box, self.image_size, flip=flip)
 
-    def _replacement(self, request: ClipRequest, tried: set[int]) -> int | None:
+    def _replacement(self, request: ClipRequest, tried: set[str]) -> int | None:
         """A file not tried yet, drawn by the number of attempts; None if there is none left."""
-        left = [index for index in self.replacements if index not in tried]
+        left = [index for index in self.replacements if self.files[index].path not in tried]
         if not left:
             return None
         rng = host_rng(
@@ -247,89 +277,11 @@ def collate_clips(items: Sequence[ClipItem]) -> ClipBatch:
     return ClipBatch(
         video=stacked.permute(0, 4, 1, 2, 3),
         clip=per_clip([item.clip for item in items]),
-        repeat=torch.tensor([k for item in items for k in range(len(item.crops))]),
+        repeat=torch.tensor([item.first + k for item in items for k in range(len(item.crops))]),
         epoch=per_clip([item.epoch for item in items]),
         paths=[item.path for item in items for _ in item.crops],
         bad=[file for item in items for file in item.bad],
     )
-
-
-class ClipSampler(Sampler[list[ClipRequest]]):
-    """The order of clips, as a batch sampler: one list of requests a micro-batch of this rank.
-
-    The files make one endless stream: position ``p`` is in epoch ``p // n`` the file at
-    ``p % n`` of that epoch's permutation. Step ``k`` takes the ``files_per_step`` positions from
-    ``k * files_per_step`` on; each rank takes a contiguous part of them, cut into ``accumulate``
-    micro-batches. All of it follows from (seed, step), so ``start_step`` is all that resuming
-    takes, and no file is left out at the end of an epoch.
-
-    Args:
-        num_files_or_indices: how many files there are, or the file indices to use.
-        files_per_step: files in one optimiser step over all ranks and micro-batches.
-        seed: of the permutations.
-        total_steps: steps in the whole run.
-        start_step: steps already done.
-        rank: of this process.
-        world_size: number of processes.
-        accumulate: micro-batches a step.
-
-    Raises:
-        ValueError: no file, a step that does not divide evenly, or a number out of its range.
-    """
-
-    def __init__(
-        self,
-        num_files_or_indices: int | Sequence[int],
-        *,
-        files_per_step: int,
-        seed: int,
-        total_steps: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-    ) -> None:
-        if isinstance(num_files_or_indices, int):
-            self.indices = np.arange(num_files_or_indices)
-        else:
-            self.indices = np.asarray(num_files_or_indices, dtype=np.int64)
-        if not len(self.indices):
-            raise ValueError("num_files_or_indices names no file; at least 1 is needed")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
-        if not 0 <= start_step <= total_steps:
-            raise ValueError(f"start_step must be in [0, {total_steps}], got {start_step}")
-        parts = world_size * accumulate
-        if accumulate < 1 or files_per_step < 1 or files_per_step % parts:
-            raise ValueError(
-                f"files_per_step={files_per_step} must be a multiple of world_size * accumulate "
-                f"= {world_size} * {accumulate} = {parts}"
-            )
-        self.files_per_step, self.seed = files_per_step, seed
-        self.total_steps, self.start_step = total_steps, start_step
-        self.rank, self.accumulate = rank, accumulate
-        self.files_per_batch = files_per_step // parts
-        # A step can straddle two epochs, so two permutations are kept.
-        self._order = lru_cache(maxsize=2)(self._permutation)
-
-    def __len__(self) -> int:
-        """Micro-batches still to come."""
-        return (self.total_steps - self.start_step) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[ClipRequest]]:
-        for step in range(self.start_step, self.total_steps):
-            for micro in range(self.accumulate):
-                batch = self.rank * self.accumulate + micro
-                first = step * self.files_per_step + batch * self.files_per_batch
-                yield [self._request(first + k) for k in range(self.files_per_batch)]
-
-    def _request(self, position: int) -> ClipRequest:
-        epoch, place = divmod(position, len(self.indices))
-        return ClipRequest(epoch, int(self._order(epoch)[place]))
-
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        rng = host_rng(self.seed, stream=SHUFFLE, epoch=epoch)
-        return self.indices[rng.permutation(len(self.indices))]
 
 
 def make_loader(

@@ -19,6 +19,7 @@ CROP: Final = 3  # crop box and flip of one repeat of a clip
 SPLIT: Final = 4  # which files are held out for validation
 REPLACE: Final = 5  # which file stands in for one that cannot be read
 SYNTHETIC: Final = 6  # content of the embedded synthetic videos
+WEIGHT: Final = 7  # turns of the files that do not count in every epoch
 
 _WORD: Final = 1 << 64
 

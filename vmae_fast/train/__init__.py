@@ -4,9 +4,11 @@ Importing this needs no more than the models do; what a run writes and reads wit
 tensorboard, tqdm, PyAV) is imported when it starts.
 """
 
-from .config import ConfigError, ModelSettings, PretrainConfig, Schedule, load_config
+from .config import ConfigError, ModelSettings, PretrainConfig
 from .inputs import RunError
 from .loop import RunResult, pretrain
+from .recipe import load_config, to_toml
+from .schedule import Schedule
 
 __all__ = [
     "ConfigError",
@@ -17,4 +19,5 @@ __all__ = [
     "Schedule",
     "load_config",
     "pretrain",
+    "to_toml",
 ]

@@ -1,33 +1,18 @@
-"""Settings of a pretraining run: dataclasses, read from and written to TOML.
+"""Settings of a pretraining run, in groups.
 
-Each group is a table of the TOML file and a group of flags. Names are unique over all groups,
-so that a flag needs no prefix.
+Each group is a table of the TOML file (recipe.py reads and writes it) and a group of flags. Names
+are unique over all groups, so that a flag needs no prefix.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import sys
-import typing
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from vmae_fast.data import Sampling
 from vmae_fast.models import SIZES, CheckpointError, VideoMAE, VideoMAEConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-# Files per step that the published base learning rates are stated for.
-LR_REFERENCE_FILES = 256
-# Warm-up where none is set: V1 warms up for 40 of its 800 epochs.
-WARMUP_SHARE = 0.05
-# Largest micro-batch chosen without being asked; larger ones are the user's to try.
-AUTO_MICRO_BATCH = 32
 
 
 class ConfigError(ValueError):
@@ -36,10 +21,10 @@ class ConfigError(ValueError):
 
 @dataclass
 class ModelSettings:
-    """What is trained. None takes the size's own value."""
+    """What is trained. What is not given is the size's own."""
 
     model: str | None = None
-    """Size: small, base, large, huge, giant, or tiny (the demonstration). Default base."""
+    """Size: small, base, large, huge, giant, or tiny (the demonstration). None: base."""
     frames: int | None = None
     """Frames of a clip."""
     image_size: int | None = None
@@ -48,6 +33,8 @@ class ModelSettings:
     """Height and width of a tubelet in pixels."""
     tubelet_size: int | None = None
     """Frames of a tubelet."""
+    in_channels: int | None = None
+    """Channels of a clip: 3 is RGB, 1 grey, 4 RGB and transparency."""
     decoder_depth: int | None = None
     """Blocks of the decoder."""
     mask_kind: Literal["tube", "random", "frame"] | None = None
@@ -102,20 +89,60 @@ class ModelSettings:
 
 @dataclass
 class DataSettings:
-    """What it is trained on."""
+    """What it is trained on: one source of videos."""
 
     data: str | None = None
-    """Folder of videos (any nesting), or a list of `path[,label]` lines. None makes a small set."""
+    """Folder of videos or of frame folders, list of files, or a file. None: a small set is made."""
+    data_root: str | None = None
+    """Where relative paths in a list start. None: the list's own folder."""
     stride: int = 4
     """Source frames from one frame of a clip to the next."""
+    sample_fps: float | None = None
+    """Frames of a clip a second of the video, whatever its own rate; takes the place of stride.
+    None: by --stride."""
+    clips_per_video: int | Literal["auto"] = 1
+    """Clips of each file in an epoch; auto takes one for every 10 seconds."""
     repeats: int = 1
     """Crops and masks drawn from each decoded clip (V2 has 4)."""
+    weight: float = 1.0
+    """How often its files count in an epoch: 2 is twice, 0.5 every other time."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How clips are taken from its files."""
+        return Sampling(self.stride, self.sample_fps, self.repeats, self.weight)
+
+    def check(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: a value out of its range.
+        """
+        for name, value, above in (
+            ("stride", self.stride, 0),
+            ("repeats", self.repeats, 0),
+            ("sample_fps", self.sample_fps, 0.0),
+            ("weight", self.weight, 0.0),
+            ("clips_per_video", self.clips_per_video, 0),
+        ):
+            if value in (None, "auto"):
+                continue
+            assert isinstance(value, int | float)
+            if not value > above or value == float("inf"):
+                least = "at least 1" if isinstance(above, int) else "above 0"
+                raise ConfigError(f"{name} must be {least}, got {value}")
+
+
+@dataclass
+class LoadingSettings:
+    """How files become batches."""
+
     flip: bool = False
     """Mirror half of the clips."""
     cache: bool = False
     """Decode each file once and hold it in memory: for sets far smaller than memory."""
     workers: int | None = None
-    """Decoding processes for each GPU; None chooses by cores (0 on two)."""
+    """Decoding processes for each GPU. None: by cores (0 on two)."""
     val: float = 0.02
     """Share of the files held out for validation."""
     max_bad: float = 0.1
@@ -127,25 +154,26 @@ class OptimSettings:
     """How it is trained. The defaults are V1's."""
 
     batch_size: int = 256
-    """Clips in an optimiser step over all GPUs, after repeats."""
+    """Clips of an optimiser step, over all GPUs and repeats."""
     micro_batch: int | None = None
-    """Clips at a time on each GPU; gradients accumulate up to the batch. None chooses."""
+    """Clips at a time on each GPU; gradients accumulate up to the batch. None: at most 32."""
     epochs: float = 800
     """Passes over the files."""
     steps: int | None = None
-    """Optimiser steps; takes the place of epochs."""
+    """Optimiser steps; takes the place of epochs. None: by --epochs."""
     base_lr: float = 1.5e-4
     """Learning rate for 256 files a step; scaled by batch_size / repeats / 256."""
     lr: float | None = None
-    """Learning rate as it is; takes the place of base_lr."""
+    """Peak learning rate as it is; takes the place of base_lr. None: by --base-lr."""
     base_min_lr: float = 1e-5
     """Where the cosine ends, for 256 files a step."""
     min_lr: float | None = None
-    """Where the cosine ends, as it is; takes the place of base_min_lr."""
+    """Where the cosine ends, as it is; takes the place of base_min_lr. None: by --base-min-lr."""
     warmup_epochs: float | None = None
-    """Passes over which the rate rises from 0; None is 5% of the run."""
+    """Passes over which the rate rises from 0. None: 5% of the run."""
     warmup_steps: int | None = None
-    """Steps over which the rate rises from 0; takes the place of warmup_epochs."""
+    """Steps over which the rate rises from 0; takes the place of warmup_epochs. None: by
+    --warmup-epochs."""
     beta1: float = 0.9
     """AdamW's first beta."""
     beta2: float = 0.95
@@ -153,7 +181,7 @@ class OptimSettings:
     weight_decay: float = 0.05
     """AdamW's decay; none on biases, norms and the mask token."""
     clip_grad: float | None = None
-    """Largest gradient norm; None does not clip."""
+    """Largest gradient norm. None: not clipped."""
     ema_decay: float = 0.0
     """Decay of an averaged copy of the weights; 0 keeps none."""
 
@@ -163,17 +191,17 @@ class RunSettings:
     """Where and how it runs."""
 
     out: str | None = None
-    """Run folder; None names one after the time."""
+    """Run folder. None: runs/, by the time."""
     resume: bool = False
     """Go on with the run in --out."""
     overwrite: bool = False
     """Delete what is in --out and start anew."""
     init: str | None = None
-    """Checkpoint to start from (its weights only)."""
+    """Checkpoint to start from (its weights only). None: new weights."""
     seed: int = 0
     """Decides weights, order, crops and masks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast: bf16 keeps fp32 weights and residual stream. auto is bf16 on GPUs."""
+    """auto is bf16 on GPUs, fp32 elsewhere; bf16 is autocast, weights and residual stream fp32."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Residual stream under autocast; bf16 halves its memory, and is not what was published."""
     checkpointing: Literal["none", "mlp", "block"] = "none"
@@ -181,7 +209,7 @@ class RunSettings:
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Record the step as CUDA graphs. auto does for one process on a CUDA device."""
     device: str = "auto"
-    """cuda, cpu, mps, ...; auto takes a GPU where there is one."""
+    """auto takes a GPU where there is one; or cuda, cpu, mps, ..."""
     save_every: int = 1000
     """Steps from one checkpoint to the next."""
     keep: int = 3
@@ -193,7 +221,7 @@ class RunSettings:
     profile: bool = False
     """Write a trace and a summary of a few steps; with --cuda-graph auto, none are recorded."""
     target: float | None = None
-    """Held-out loss over its zero prediction that this recipe should end at or below."""
+    """Held-out loss over its zero prediction that this recipe should end at or below. None: any."""
 
 
 @dataclass
@@ -202,8 +230,16 @@ class PretrainConfig:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    loading: LoadingSettings = field(default_factory=LoadingSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    # The [[data]] tables of a TOML file, in the place of `data`; no flags.
+    mixture: list[DataSettings] = field(default_factory=list, init=False)
+
+    @property
+    def sources(self) -> list[DataSettings]:
+        """What it is trained on: one source, or the several of a mixture."""
+        return self.mixture or [self.data]
 
     def check(self) -> None:
         """Check what does not depend on the data.
@@ -211,7 +247,7 @@ class PretrainConfig:
         Raises:
             ConfigError: a value out of its range.
         """
-        optim, data, run = self.optim, self.data, self.run
+        optim, run = self.optim, self.run
         if self.model.model is not None and self.model.model not in SIZES:
             near = difflib.get_close_matches(self.model.model, SIZES, 1)
             raise ConfigError(
@@ -227,9 +263,8 @@ class PretrainConfig:
             ("weight_decay", optim.weight_decay, 0),
             ("lr", optim.lr, 0),
             ("base_lr", optim.base_lr, 0),
-            ("stride", data.stride, 1),
-            ("repeats", data.repeats, 1),
-            ("workers", data.workers, 0),
+            ("in_channels", self.model.in_channels, 1),
+            ("workers", self.loading.workers, 0),
             ("save_every", run.save_every, 1),
             ("log_every", run.log_every, 1),
             ("val_every", run.val_every, 1),
@@ -243,180 +278,25 @@ class PretrainConfig:
         if optim.clip_grad is not None and optim.clip_grad <= 0:
             raise ConfigError(f"clip_grad must be above 0, got {optim.clip_grad}")
         for name, share in (
-            ("val", data.val), ("max_bad", data.max_bad), ("ema_decay", optim.ema_decay)
-        ):  # fmt: skip
+            ("val", self.loading.val),
+            ("max_bad", self.loading.max_bad),
+            ("ema_decay", optim.ema_decay),
+        ):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {share}")
-        if optim.batch_size % data.repeats:
-            raise ConfigError(
-                f"batch_size={optim.batch_size} is not a multiple of repeats={data.repeats}"
-            )
+        self._check_sources()
         if run.resume and run.overwrite:
             raise ConfigError("--resume goes on with a run, --overwrite deletes it: choose one")
         if run.resume and run.out is None:
             raise ConfigError("--resume needs --out, the folder of the run to go on with")
 
-    def to_toml(self) -> str:
-        """The settings as TOML, those that are None left out.
-
-        So are ``resume``, ``overwrite`` and ``profile``: they say what was asked of one start, not
-        what the run is, and its settings are read again when it goes on.
-        """
-        import tomli_w
-
-        tables = dataclasses.asdict(self)
-        for name in ("resume", "overwrite", "profile"):
-            del tables["run"][name]
-        return tomli_w.dumps(
-            {
-                table: {name: value for name, value in values.items() if value is not None}
-                for table, values in tables.items()
-            }
-        )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Numbers that follow from settings, data and the number of processes."""
-
-    total_steps: int
-    warmup_steps: int
-    lr: float
-    min_lr: float
-    micro_batch: int
-    accumulate: int
-    files_per_step: int
-
-    @classmethod
-    def of(cls, config: PretrainConfig, num_files: int, world_size: int) -> Schedule:
-        """Work out the schedule.
-
-        Args:
-            config: checked settings.
-            num_files: training files, held-out ones not counted.
-            world_size: number of processes.
-
-        Raises:
-            ConfigError: batch, micro-batch and processes do not divide, or the warm-up is longer
-                than the run.
-        """
-        optim, repeats = config.optim, config.data.repeats
-        files_per_step = optim.batch_size // repeats
-        per_rank, rest = divmod(optim.batch_size, world_size)
-        if rest or per_rank % repeats:
+    def _check_sources(self) -> None:
+        for source in self.sources:
+            source.check()
+            if self.mixture and source.data is None:
+                raise ConfigError("each of several [[data]] tables needs a path")
+        repeats = {source.repeats for source in self.sources}
+        if len(repeats) == 1 and self.optim.batch_size % max(repeats):
             raise ConfigError(
-                f"batch_size={optim.batch_size} does not divide over {world_size} processes into "
-                f"whole files of {repeats} repeats; {world_size * repeats} and its multiples do"
+                f"batch_size={self.optim.batch_size} is not a multiple of repeats={max(repeats)}"
             )
-        micro = optim.micro_batch
-        if micro is None:
-            fits = [m for m in range(repeats, per_rank + 1, repeats) if per_rank % m == 0]
-            micro = max([m for m in fits if m <= AUTO_MICRO_BATCH], default=fits[0])
-        elif per_rank % micro or micro % repeats:
-            raise ConfigError(
-                f"micro_batch={micro} must divide the {per_rank} clips of each process and be a "
-                f"multiple of repeats={repeats}"
-            )
-
-        def steps(epochs: float) -> int:
-            return max(round(epochs * num_files / files_per_step), 1)
-
-        total = optim.steps if optim.steps is not None else steps(optim.epochs)
-        warmup = optim.warmup_steps
-        if warmup is None:
-            share = optim.warmup_epochs
-            warmup = round(WARMUP_SHARE * total) if share is None else steps(share) if share else 0
-        if warmup >= total and warmup:
-            raise ConfigError(
-                f"the warm-up of {warmup} steps is as long as the run of {total}; set "
-                "--warmup-steps or --warmup-epochs"
-            )
-        scale = files_per_step / LR_REFERENCE_FILES
-        return cls(
-            total_steps=total,
-            warmup_steps=warmup,
-            lr=optim.base_lr * scale if optim.lr is None else optim.lr,
-            min_lr=optim.base_min_lr * scale if optim.min_lr is None else optim.min_lr,
-            micro_batch=micro,
-            accumulate=per_rank // micro,
-            files_per_step=files_per_step,
-        )
-
-
-def load_config(source: str | Path) -> PretrainConfig:
-    """Read a TOML file, or a recipe by name ("tiny", "v1-base-k400", ...).
-
-    Raises:
-        ConfigError: no such file or recipe, not TOML, an unknown table or key (the nearest real
-            one is named), or a value of the wrong type.
-    """
-    path = Path(source)
-    if path.suffix == ".toml" or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"no config file at {path}")
-        text, name = path.read_text(), str(path)
-    else:
-        recipes = {Path(f.name).stem: f for f in _recipe_files()}
-        if str(source) not in recipes:
-            raise ConfigError(
-                f"no config file or recipe {str(source)!r}; recipes are "
-                f"{', '.join(sorted(recipes))}"
-            )
-        text, name = recipes[str(source)].read_text(), f"recipe {source}"
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} is not TOML: {error}") from error
-    return _from_tables(tables, name)
-
-
-def _recipe_files() -> list[Any]:
-    folder = resources.files("vmae_fast.configs")
-    return [entry for entry in folder.iterdir() if entry.name.endswith(".toml")]
-
-
-def _from_tables(tables: dict[str, Any], source: str) -> PretrainConfig:
-    config = PretrainConfig()
-    groups = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    home = {f.name: table for table, group in groups.items() for f in dataclasses.fields(group)}
-    for table, values in tables.items():
-        if table not in groups:
-            if table in home and not isinstance(values, dict):
-                raise ConfigError(f"{source}: {table!r} belongs into the table [{home[table]}]")
-            raise ConfigError(f"{source}: unknown table [{table}]{_suggest(table, groups)}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{source}: [{table}] is a table, got {values!r}")
-        types = typing.get_type_hints(type(groups[table]))
-        for key, value in values.items():
-            if key not in types:
-                hint = f"; it belongs into [{home[key]}]" if key in home else _suggest(key, home)
-                raise ConfigError(f"{source}: unknown key {key!r} in [{table}]{hint}")
-            setattr(groups[table], key, _typed(value, types[key], f"{source}: [{table}] {key}"))
-    return config
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    options = typing.get_args(kind) if not isinstance(kind, type) else (kind,)
-    if typing.get_origin(kind) is Literal:
-        options = (kind,)
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif type(value) is option:
-            return value
-        elif option is float and type(value) is int:
-            return float(value)
-    expected = " or ".join(
-        ", ".join(map(repr, typing.get_args(option)))
-        if typing.get_origin(option) is Literal
-        else option.__name__
-        for option in options
-        if option is not type(None)
-    )
-    raise ConfigError(f"{where} must be {expected}, got {value!r}")
-
-
-def _suggest(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

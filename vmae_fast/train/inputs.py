@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from vmae_fast.data import (
+    CHANNELS,
     BadFile,
     ClipBatch,
     ClipDataset,
     ClipRequest,
     ClipSampler,
     DataError,
+    EpochOrder,
+    Sampling,
     VideoFile,
-    list_videos,
+    clips_by_duration,
     make_loader,
+    parts_of,
+    read_source,
     split_validation,
     synthetic_videos,
 )
 from vmae_fast.models import VideoMAEConfig
 
-from .config import PretrainConfig, Schedule
+from .config import ConfigError, DataSettings, PretrainConfig
 from .distributed import Ranks
 from .run_folder import digest
+from .schedule import Schedule
 
 # Cores up to which decoding in the training process itself is quicker than workers of its own.
 _FEW_CORES = 2
@@ -46,31 +55,70 @@ class Inputs:
         model: the model's settings, for the clips' shape.
         ranks: this process.
 
+    Attributes:
+        files: what clips are taken from; a file stands there once for each of its clips an epoch.
+        num_files: different files among them.
+        train, val: indices into ``files``, of files to train on and of held-out ones.
+        notes: how each source was read, a line each.
+        fingerprint: of the list, by which a run that goes on knows it again.
+
     Raises:
+        ConfigError: clips have a number of channels that videos do not.
         DataError: there is no video.
     """
 
     def __init__(self, config: PretrainConfig, model: VideoMAEConfig, ranks: Ranks) -> None:
+        if model.in_channels not in CHANNELS:
+            raise ConfigError(
+                f"in_channels={model.in_channels}: videos are read as 3 channels (RGB), 1 (grey) "
+                "or 4 (RGBA); for others train with the modules and your own loader"
+            )
         self.config, self.model, self.ranks = config, model, ranks
-        self.files = self._list()
-        self.train, self.val = split_validation(len(self.files), config.data.val, config.run.seed)
-        self.fingerprint = digest(self._relative(file) for file in self.files)
+        self.notes: list[str] = []
+        found = [self._list(source) for source in config.sources]
+        files = [file for listed in found for file in listed]
+        names = [
+            name
+            for source, listed in zip(config.sources, found, strict=True)
+            for name in self._names(source, listed)
+        ]
+        self.num_files = len({file.path for file in files})
+        train, val = split_validation(len(files), config.loading.val, config.run.seed)
+        counts = self._clips_of(found)
+        firsts = np.cumsum([0, *counts])
+        self.files = [
+            part
+            for file, count in zip(files, counts, strict=True)
+            for part in parts_of(file, count)
+        ]
+        self.train = [n for index in train for n in range(firsts[index], firsts[index + 1])]
+        self.val = [n for index in val for n in range(firsts[index], firsts[index + 1])]
+        self.fingerprint = digest(
+            name if count == 1 else f"{name} in {count}"
+            for name, count in zip(names, counts, strict=True)
+        )
+
+    def epoch(self) -> EpochOrder:
+        """The order of the training clips, and how many an epoch has."""
+        return EpochOrder(self.train, self.config.run.seed, *self._repeats_and_weights())
 
     def train_batches(self, schedule: Schedule, start_step: int) -> Iterator[ClipBatch]:
         """Micro-batches of this process from ``start_step`` on."""
+        repeats, weights = self._repeats_and_weights()
         sampler = ClipSampler(
             self.train,
-            files_per_step=schedule.files_per_step,
+            clips_per_step=self.config.optim.batch_size,
             seed=self.config.run.seed,
             total_steps=schedule.total_steps,
             start_step=start_step,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             accumulate=schedule.accumulate,
+            repeats=repeats,
+            weights=weights,
         )
-        dataset = self._dataset(train=True)
         loader = make_loader(
-            dataset,
+            self.dataset(train=True),
             sampler,
             workers=self.workers,
             pin_memory=self.ranks.device.type == "cuda",
@@ -80,12 +128,12 @@ class Inputs:
     @property
     def workers(self) -> int:
         """Decoding processes of this process."""
-        asked = self.config.data.workers
+        asked = self.config.loading.workers
         if asked is not None:
             return asked
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         per_rank = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if self.config.data.cache or per_rank <= _FEW_CORES:
+        if self.config.loading.cache or per_rank <= _FEW_CORES:
             return 0
         return min(per_rank - 1, _MOST_WORKERS)
 
@@ -96,7 +144,7 @@ class Inputs:
 
     def validation_dataset(self) -> ClipDataset:
         """The held-out clips: middle start, centre crop."""
-        return self._dataset(train=False)
+        return self.dataset(train=False)
 
     def samples(self, dataset: ClipDataset) -> list[Tensor]:
         """A few clips to draw, uint8 ``(C, T, H, W)``: held-out ones, or training ones."""
@@ -104,47 +152,82 @@ class Inputs:
         chosen = indices[:: max(len(indices) // _SAMPLES, 1)][:_SAMPLES]
         return [dataset[ClipRequest(0, i)].crops[0].permute(3, 0, 1, 2) for i in chosen]
 
-    def _dataset(self, *, train: bool) -> ClipDataset:
-        data = self.config.data
+    def dataset(self, *, train: bool) -> ClipDataset:
+        """Clips of all files: with random starts and crops, or middle starts and centre crops."""
+        loading = self.config.loading
         return ClipDataset(
             self.files,
             frames=self.model.frames,
-            stride=data.stride,
             image_size=self.model.size,
             seed=self.config.run.seed,
-            repeats=data.repeats if train else 1,
-            flip=data.flip,
+            flip=loading.flip,
             train=train,
-            cache=data.cache,
+            cache=loading.cache,
             replacements=self.train if train or not self.val else self.val,
+            channels=self.model.in_channels,
         )
 
-    def _list(self) -> list[VideoFile]:
-        if self.config.data.data is not None:
-            return list_videos(self.config.data.data)
-        if self.ranks.is_main:
-            folder = synthetic_videos(progress=_progress)
-        self.ranks.barrier()
-        if not self.ranks.is_main:
-            folder = synthetic_videos()
-        return list_videos(folder)
+    def _list(self, source: DataSettings) -> list[VideoFile]:
+        if source.data is None:
+            if self.ranks.is_main:
+                folder = synthetic_videos(progress=_progress)
+            self.ranks.barrier()
+            if not self.ranks.is_main:
+                folder = synthetic_videos()
+            listing, called = read_source(folder), "made videos"
+        else:
+            listing, called = read_source(source.data, source.data_root), source.data
+        self.notes.append(f"data: {called}: {listing.how}")
+        return [replace(file, sampling=source.sampling) for file in listing.files]
 
-    def _relative(self, file: VideoFile) -> str:
-        # The data set may move between a run and its continuation; its content may not change.
-        root = self.config.data.data
-        if root is None:
-            return Path(file.path).name
-        try:
-            return str(Path(file.path).relative_to(Path(root)))
-        except ValueError:
-            return file.path
+    def _clips_of(self, found: list[list[VideoFile]]) -> list[int]:
+        """Clips of every file in an epoch."""
+        counts: list[int] = []
+        for source, files in zip(self.config.sources, found, strict=True):
+            if source.clips_per_video != "auto":
+                counts += [source.clips_per_video] * len(files)
+                continue
+            # Each process opens its part of them.
+            ranks = self.ranks
+            mine = clips_by_duration(files[ranks.rank :: ranks.world_size], show=ranks.is_main)
+            parts: list[Any] = ranks.gather(mine)
+            counts += [
+                parts[n % ranks.world_size][n // ranks.world_size] for n in range(len(files))
+            ]
+        return counts
+
+    def _repeats_and_weights(self) -> tuple[list[int], list[float]]:
+        samplings = [self.files[index].sampling or Sampling() for index in self.train]
+        return [s.repeats for s in samplings], [s.weight for s in samplings]
+
+    def _names(self, source: DataSettings, files: list[VideoFile]) -> list[str]:
+        """Names of files that stay the same when a data set moves, which its content may not."""
+        if source.data is None:
+            return [Path(file.path).name for file in files]
+        root = Path(source.data)
+        if not root.is_dir():
+            root = root.parent if source.data_root is None else Path(source.data_root)
+        sampling = "" if source == DataSettings(data=source.data) else f" {source.sampling}"
+        return [
+            f"{_relative(file.path, root)}{sampling}"
+            + ("" if file.first is None else f" {file.first}")
+            + ("" if file.count is None else f" {file.count}")
+            for file in files
+        ]
+
+
+def _relative(path: str, root: Path) -> str:
+    try:
+        return str(Path(path).relative_to(root))
+    except ValueError:
+        return path
 
 
 class BadFiles:
     """Files that could not be read so far, and the share of them that ends the run.
 
     Args:
-        num_files: files in the data set.
+        num_files: different files in the data set.
         limit: largest share that may be bad.
         known: path to reason, from before a resume.
     """

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vmae_fast.models import VideoMAE
 
-from .config import OptimSettings, Schedule
+from .config import OptimSettings
+from .schedule import Schedule
 
 
 def make_optimizer(model: VideoMAE, settings: OptimSettings) -> torch.optim.AdamW:

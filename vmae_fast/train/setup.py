@@ -13,12 +13,14 @@ import torch
 
 from vmae_fast.models import CheckpointError, VideoMAE
 
-from .config import ConfigError, PretrainConfig, Schedule
+from .config import ConfigError, PretrainConfig
 from .distributed import Ranks
 from .graph import choose_capture
 from .inputs import BadFiles, Inputs, RunError
 from .optimizer import AveragedWeights, load_optimizer_state, make_optimizer
+from .recipe import to_toml
 from .run_folder import RunFolder
+from .schedule import Schedule
 
 
 class Setup:
@@ -44,7 +46,8 @@ class Setup:
         setting = "off" if launched else config.run.cuda_graph
         self.capture = choose_capture(setting, self.model, ranks)
         self.inputs = Inputs(config, self.model.config, ranks)
-        self.schedule = Schedule.of(config, len(self.inputs.train), ranks.world_size)
+        epoch = self.inputs.epoch()
+        self.schedule = Schedule.of(config, epoch.files, ranks.world_size, epoch.clips)
         # The folder is taken only once nothing else can be wrong with the settings.
         if ranks.is_main:
             self.folder = RunFolder.open(
@@ -59,10 +62,10 @@ class Setup:
         if resumed:
             self._resume(resumed)
         known = self.folder.read_bad_files() if resumed else {}
-        self.bad_files = BadFiles(len(self.inputs.files), config.data.max_bad, known)
+        self.bad_files = BadFiles(self.inputs.num_files, config.loading.max_bad, known)
         self.validation = self.inputs.validation_dataset()
         if ranks.is_main:
-            self.folder.write("config.toml", config.to_toml())
+            self.folder.write("config.toml", to_toml(config))
             self.folder.write("resolved.json", json.dumps(self._resolved(), indent=2) + "\n")
 
     @property
@@ -106,8 +109,8 @@ class Setup:
         lines = [
             f"model: {parameters / 1e6:.1f} M parameters, {t}x{h}x{w} = {model.num_tokens} tokens, "
             f"{self.model.masking.num_visible} visible",
-            f"data: {len(self.inputs.train)} files to train on, {len(self.inputs.val)} held out, "
-            f"{self.inputs.workers} workers",
+            *self.inputs.notes,
+            self._describe_data(),
             f"run: {schedule.total_steps} steps of {self.config.optim.batch_size} clips "
             f"({self.ranks.world_size} x {schedule.accumulate} x {schedule.micro_batch}), "
             f"lr {schedule.lr:.3g}, on {self.ranks.device}, in {self.folder.path}",
@@ -120,6 +123,16 @@ class Setup:
         if self.start_step:
             lines.append(f"going on after step {self.start_step}")
         return "\n".join(lines)
+
+    def _describe_data(self) -> str:
+        inputs, schedule = self.inputs, self.schedule
+        parts = [
+            f"{inputs.num_files} files",
+            f"{schedule.files_per_epoch} clips an epoch to train on",
+            f"{len(inputs.val)} held out",
+            f"{inputs.workers} workers",
+        ]
+        return "data: " + ", ".join(parts)
 
     def _out(self) -> Path:
         if self.config.run.out is not None:
