@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from vmae_fast.data import CENTER_START, clip_indices, clip_span
+from vmae_fast.data.sampling import clip_times
 
 
 def test_published_example_of_a_short_clip():
@@ -64,3 +65,45 @@ def test_u_just_below_one_is_the_last_start():
 def test_errors(arguments, match):
     with pytest.raises(ValueError, match=match):
         clip_indices(*arguments)
+
+
+def test_times_of_a_clip_that_fits():
+    # 8 frames at 4 a second take 2 s of 10: starts in [0, 8).
+    assert clip_times(10, 8, 4, 0.0) == [k / 4 for k in range(8)]
+    assert clip_times(10, 8, 4, CENTER_START) == [4 + k / 4 for k in range(8)]
+    assert clip_times(10, 8, 4, 0.75)[0] == 6
+    assert clip_times(10, 8, 4, 1 - 2**-53)[-1] < 10
+
+
+def test_times_of_a_short_video_hold_the_last_reachable():
+    assert clip_times(1, 6, 4, 0.9) == [0, 0.25, 0.5, 0.75, 0.75, 0.75]
+    assert clip_times(1.1, 6, 4, 0.9) == [0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert clip_times(0.1, 3, 4, 0.9) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rate", [24, 25, 30000 / 1001, 60])
+def test_times_are_the_indices_at_a_constant_rate(rate):
+    for num_frames in (1, 5, 30, 61, 63, 64):
+        for stride in (1, 2, 3, 4):
+            # A duration as containers give it, in whole microseconds.
+            seconds = round(num_frames / rate, 6)
+            times = clip_times(seconds, 16, rate / stride, 0.0)
+            frames = [int(time * rate + 1e-3) for time in times]
+            assert frames == clip_indices(num_frames, 16, stride, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0.0, 4, 2.0, 0.5), "seconds must be above 0"),
+        ((float("nan"), 4, 2.0, 0.5), "seconds must be above 0"),
+        ((float("inf"), 4, 2.0, 0.5), "seconds must be above 0"),
+        ((9.0, 0, 2.0, 0.5), "frames must be at least 1"),
+        ((9.0, 4, 0.0, 0.5), "fps must be above 0"),
+        ((9.0, 4, float("nan"), 0.5), "fps must be above 0"),
+        ((9.0, 4, 2.0, 1.0), "u must be in"),
+    ],
+)
+def test_errors_of_times(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        clip_times(*arguments)
