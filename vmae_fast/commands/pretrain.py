@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
-import tyro
-from tyro.conf import OmitArgPrefixes
-
-from ._arguments import peek_option, take_option
+from ._arguments import parse, peek_option, shown_of_model, take_option
 
 # The recipe of a run that names neither a model nor a config.
 DEFAULT_RECIPE = "tiny"
+
+# Flags that --help shows; the others are for --help-all.
+USUAL = (
+    "data", "model", "frames", "image-size", "stride", "repeats", "workers", "batch-size",
+    "micro-batch", "epochs", "steps", "lr", "out", "resume", "init", "precision", "device",
+)  # fmt: skip
 
 # Flags, and the setting that takes each one's place where it is set.
 _REPLACED = {
@@ -37,30 +41,72 @@ def run(args: list[str]) -> int:
     base = PretrainConfig() if source is None else load_config(source)
     if implied:
         base = load_config(DEFAULT_RECIPE)
-        if not flags & {"-h", "--help"}:
+        if not flags & {"-h", "--help", "--help-all"}:
             print(f"no --model, --config or --init: taking the recipe {DEFAULT_RECIPE!r}")
         if "--data" in flags:
             # What suits 256 small files made for it does not suit any folder.
-            base.data.cache, base.run.target = False, None
+            base.loading.cache, base.run.target = False, None
+    mixture = _mixture(base, flags)
     for flag, replaced_by in _REPLACED.items():
         if f"--{flag}" in flags:
             # A flag must not lose to the setting of a recipe that takes its place.
             setattr(base.optim, replaced_by, None)
-    config: PretrainConfig = tyro.cli(
-        OmitArgPrefixes[PretrainConfig],
+    config = parse(
+        PretrainConfig,
         prog="vmae-fast pretrain",
         description=(
-            "Pretrain a VideoMAE. --config FILE.toml|RECIPE starts from its settings; with no "
-            f"--config, --model or --init, the recipe {DEFAULT_RECIPE!r} is taken. Under torchrun "
-            "every process takes its GPU."
+            f"Pretrain a VideoMAE; with no --config, --model or --init the recipe {DEFAULT_RECIPE}."
         ),
         default=base,
         args=rest,
+        usual=USUAL,
+        config=True,
+        shown=_shown(base, rest, DEFAULT_RECIPE if implied else source),
+        examples=(
+            "vmae-fast pretrain --data /my/videos",
+            "vmae-fast pretrain --config v1-base-k400 --data /my/videos --out runs/mine",
+            "torchrun --nproc-per-node 8 -m vmae_fast.cli pretrain --config v2-base --data my.csv",
+        ),
     )
-    if config.data.data is not None:
-        config.data.data = str(Path(config.data.data).expanduser().absolute())
+    config.mixture = mixture
+    for part in config.sources:
+        # The settings are read again from another folder when the run goes on.
+        for name in ("data", "data_root"):
+            if getattr(part, name) is not None:
+                setattr(part, name, str(Path(getattr(part, name)).expanduser().absolute()))
     result = pretrain(config)
     return _report(config, result)
+
+
+def _shown(base: Any, args: list[str], source: str | None) -> dict[str, object]:
+    """What help says of defaults that other settings decide."""
+    shown: dict[str, object] = {} if source is None else {"config": source}
+    for flag, replaced_by in _REPLACED.items():
+        if getattr(base.optim, replaced_by) is not None:
+            shown[flag.replace("-", "_")] = f"--{replaced_by.replace('_', '-')} instead"
+    of_checkpoint = base.run.init or peek_option(args, "--init")
+    return shown | shown_of_model(base.model, args, of_checkpoint=bool(of_checkpoint))
+
+
+def _mixture(base: Any, flags: set[str]) -> list[Any]:
+    """The ``[[data]]`` tables that a run takes: --data goes before them."""
+    from vmae_fast.train import ConfigError
+
+    count = len(base.mixture)
+    if not count:
+        return []
+    if "--data" in flags:
+        print(f"--data takes the place of the {count} [[data]] tables")
+        return []
+    of_one = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(base.data)]
+    given = sorted(flags & {flag.replace("_", "-") for flag in of_one})
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: each of the {count} [[data]] tables has its own; change them in "
+            "a copy of the TOML file, or name one source with --data"
+        )
+    kept: list[Any] = base.mixture
+    return kept
 
 
 def _report(config: Any, result: Any) -> int:
