@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # cli -> commands -> (pictures, train) -> (data, plan) -> (masking, models) -> nn -> ops ->
 # (kernels | _C), plus: models take masks, _files and profiling are below all, no model calls a
-# kernel, the trainer names no op. "" is the package itself, whose __init__ gathers what users import.
+# kernel, the trainer names no op. "" is the package itself, which gathers what users import.
 MAY_IMPORT = {
     "kernels": set(),
     "_C": set(),

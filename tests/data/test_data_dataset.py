@@ -14,7 +14,7 @@ from vmae_fast.data import (
     ClipSampler,
     DataError,
     DecodeError,
-    PyAVDecoder,
+    PathDecoder,
     VideoFile,
     clip_indices,
     collate_clips,
@@ -328,7 +328,7 @@ def test_resumed_batches_are_the_tail(folder):
 
 def test_loader_refuses_a_negative_number_of_workers():
     dataset = ClipDataset(files_of("a:9"), frames=2, stride=1, image_size=(8, 8))
-    assert isinstance(dataset.decoder, PyAVDecoder)
+    assert isinstance(dataset.decoder, PathDecoder)
     with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
         make_loader(dataset, sampler_of(1), workers=-1, pin_memory=False)
 

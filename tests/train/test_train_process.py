@@ -14,6 +14,7 @@ from helpers import relative_error
 from safetensors.torch import load_file
 
 from vmae_fast import VideoMAE
+from vmae_fast.train import to_toml
 from vmae_fast.train.metrics import read_metrics
 
 # Two runs side by side on two cores must not spin for each other.
@@ -26,7 +27,7 @@ def command(config, **changes):
         group = next(g for g in vars(config).values() if hasattr(g, name))
         setattr(group, name, value)
     file = Path(config.run.out).with_suffix(".toml")
-    file.write_text(config.to_toml())
+    file.write_text(to_toml(config))
     return ["-m", "vmae_fast.cli", "pretrain", "--config", str(file)]
 
 

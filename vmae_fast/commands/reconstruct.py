@@ -56,6 +56,7 @@ def run(args: list[str]) -> int:
         stride=options.stride,
         image_size=model.config.size,
         train=False,
+        channels=model.config.in_channels,
     )
     clip = dataset[ClipRequest(0, 0)].crops[0].permute(3, 0, 1, 2)
     picture = reconstruct(model, clip, seed=options.seed)

@@ -4,7 +4,7 @@ Importing this needs no more than the models do; what a run writes and reads wit
 tensorboard, tqdm, PyAV) is imported when it starts.
 """
 
-from .config import ConfigError, ModelSettings, PretrainConfig
+from .config import ConfigError, DataSettings, ModelSettings, PretrainConfig
 from .inputs import RunError
 from .loop import RunResult, pretrain
 from .recipe import load_config, to_toml
@@ -12,6 +12,7 @@ from .schedule import Schedule
 
 __all__ = [
     "ConfigError",
+    "DataSettings",
     "ModelSettings",
     "PretrainConfig",
     "RunError",

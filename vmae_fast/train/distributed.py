@@ -54,6 +54,11 @@ class Ranks:
         return values
 
 
+def alone() -> Ranks:
+    """One process on the CPU, for what looks at data without training."""
+    return Ranks(0, 1, torch.device("cpu"))
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes, or be the only process.

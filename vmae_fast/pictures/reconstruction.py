@@ -1,7 +1,4 @@
-"""Pictures of what a model sees and makes of it, and of how its loss went.
-
-Pillow and matplotlib are imported where they are used.
-"""
+"""What a model makes of a masked clip, as a sheet and as a moving picture."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +16,8 @@ from vmae_fast._files import atomic_file
 from vmae_fast.masking import Masking, clip_keys
 from vmae_fast.models import VideoMAE
 
+from .draw import as_rgb, caption, label_left, panel, strip
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 _MASKED_GREY = 0.5
 # Frames of a contact sheet: more would not be seen.
 _MOST_COLUMNS = 8
-# Smaller clips are enlarged to this many pixels, without smoothing.
-_LEAST_PANEL = 128
 NORM_PIX_NOTE = (
     "Targets are normalised: the mean and deviation of each reconstructed patch come from the "
     "original."
@@ -59,16 +56,16 @@ def reconstruct(model: VideoMAE, video: Tensor, *, seed: int = 0) -> Reconstruct
     """Reconstruct one clip; every hidden token is decoded, whatever the decoder's masking.
 
     Args:
-        model: with a decoder; three channels.
-        video: uint8 ``(C, T, H, W)``, RGB.
+        model: with a decoder; 1, 3 or 4 channels.
+        video: uint8 ``(C, T, H, W)``: grey, RGB or RGBA.
         seed: of the mask.
 
     Raises:
-        ValueError: the model has other than three channels.
+        ValueError: the model has another number of channels.
     """
     config = model.config
-    if config.in_channels != 3:
-        raise ValueError(f"pictures need 3 channels, the model has {config.in_channels}")
+    if config.in_channels not in (1, 3, 4):
+        raise ValueError(f"pictures need 1, 3 or 4 channels, the model has {config.in_channels}")
     device = next(model.parameters()).device
     masking = Masking(config.grid, config.mask_kind, config.mask_ratio)
     mask = masking(clip_keys(seed, 0, torch.zeros(1, dtype=torch.int64, device=device)))
@@ -92,10 +89,10 @@ def reconstruct(model: VideoMAE, video: Tensor, *, seed: int = 0) -> Reconstruct
 
     def frames(t: Tensor) -> Tensor:
         picture = _from_tokens(t, config.grid, config.tubelet)
-        return (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu()
+        return as_rgb((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu())
 
     return Reconstruction(
-        original=video.permute(1, 2, 3, 0).cpu(),
+        original=as_rgb(video.permute(1, 2, 3, 0).cpu()),
         masked=frames(masked),
         reconstructed=frames(whole),
         loss=output.loss.item(),
@@ -114,9 +111,9 @@ def save_contact_sheet(path: Path, pictures: Sequence[Reconstruction]) -> Path:
         step = math.ceil(count / _MOST_COLUMNS)
         for name in ("original", "masked", "reconstructed"):
             shown = getattr(picture, name)[::step]
-            rows.append(_label_left(name, [_panel(frame) for frame in shown]))
+            rows.append(label_left(name, [panel(frame) for frame in shown]))
         figure = f"loss {picture.loss:.3f}, predicting zeros {picture.zero_prediction:.3f}"
-        rows.append(_caption(rows[-1].width, f"{figure}. {picture.note}".strip()))
+        rows.append(caption(rows[-1].width, f"{figure}. {picture.note}".strip()))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)))
     top = 0
     for row in rows:
@@ -148,43 +145,6 @@ def save_video(path: Path, picture: Reconstruction, *, fps: float) -> Path:
     return path
 
 
-def save_loss_curve(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Draw training and held-out loss against their zero predictions, and the learning rate.
-
-    Args:
-        path: PNG to write.
-        rows: metrics, as the trainer writes them.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    def series(name: str) -> tuple[list[float], list[float]]:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        return [p[0] for p in points], [p[1] for p in points]
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(*series("zero_prediction"), color="0.75", lw=1, label="predicting zeros, training")
-    axes.plot(*series("loss"), color="tab:blue", lw=1, label="loss, training")
-    axes.plot(
-        *series("val_zero_prediction"), color="0.4", ls="--", marker=".",
-        label="predicting zeros, held out",
-    )  # fmt: skip
-    axes.plot(*series("val_loss"), color="tab:red", marker="o", ms=4, label="loss, held out")
-    axes.set(xlabel="step", ylabel="mean squared error", title="Masked reconstruction loss")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", fontsize=8)
-    rate = axes.twinx()
-    rate.plot(*series("lr"), color="tab:green", lw=0.8, alpha=0.5)
-    rate.set_ylabel("learning rate", color="tab:green", fontsize=8)
-    rate.tick_params(axis="y", labelsize=7)
-    rate.set_ylim(bottom=0)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    return path
-
-
 def _to_tokens(pixels_CTHW: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
     """``(N, pt * ph * pw, C)``."""
     pt, ph, pw = tubelet
@@ -200,67 +160,22 @@ def _from_tokens(
     return cells.permute(6, 0, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
-def _panel(frame_HWC: Tensor) -> Image:
-    from PIL import Image
-
-    picture = Image.fromarray(frame_HWC.numpy())
-    factor = math.ceil(_LEAST_PANEL / min(picture.size))
-    if factor == 1:
-        return picture
-    return picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-    )
-
-
-def _text(width: int, height: int, text: str, size: int) -> Image:
-    from PIL import Image, ImageDraw, ImageFont
-
-    strip = Image.new("RGB", (width, height), "white")
-    font = ImageFont.load_default(size)
-    ImageDraw.Draw(strip).multiline_text((6, 4), text, fill="black", font=font)
-    return strip
-
-
-def _caption(width: int, text: str) -> Image:
-    """A strip with the text broken to the width."""
-    from textwrap import wrap
-
-    size = 14
-    # An average letter of the font is about half as wide as it is high.
-    lines = wrap(text, max(int((width - 12) / (0.53 * size)), 20))
-    return _text(width, len(lines) * (size + 5) + 10, "\n".join(lines), size)
-
-
-def _label_left(label: str, panels: Sequence[Image]) -> Image:
-    from PIL import Image
-
-    margin, gap = 110, 2
-    height = panels[0].height + gap
-    row = Image.new("RGB", (margin + sum(p.width + gap for p in panels), height), "white")
-    row.paste(_text(margin, 24, label, 14), (0, height // 2 - 12))
-    left = margin
-    for panel in panels:
-        row.paste(panel, (left, 0))
-        left += panel.width + gap
-    return row
-
-
 def _side_by_side(trio: Sequence[Tensor], note: str) -> Image:
     from PIL import Image
 
-    panels = [_panel(frame) for frame in trio]
-    width = sum(panel.width for panel in panels)
-    caption = _caption(width, note) if note else None
-    height = 24 + panels[0].height + (caption.height if caption else 0)
+    panels = [panel(frame) for frame in trio]
+    width = sum(each.width for each in panels)
+    below = caption(width, note) if note else None
+    height = 24 + panels[0].height + (below.height if below else 0)
     # H.264 in 4:2:0 has even sides only.
     whole = Image.new("RGB", (width + width % 2, height + height % 2), "white")
     left = 0
-    for label, panel in zip(("original", "masked", "reconstructed"), panels, strict=True):
-        whole.paste(_text(panel.width, 24, label, 14), (left, 0))
-        whole.paste(panel, (left, 24))
-        left += panel.width
-    if caption:
-        whole.paste(caption, (0, 24 + panels[0].height))
+    for label, each in zip(("original", "masked", "reconstructed"), panels, strict=True):
+        whole.paste(strip(each.width, 24, label, 14), (left, 0))
+        whole.paste(each, (left, 24))
+        left += each.width
+    if below:
+        whole.paste(below, (0, 24 + panels[0].height))
     return whole
 
 
@@ -277,12 +192,3 @@ def _write_mp4(path: Path, frames: Sequence[Image], fps: float) -> None:
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-
-
-__all__ = [
-    "Reconstruction",
-    "reconstruct",
-    "save_contact_sheet",
-    "save_loss_curve",
-    "save_video",
-]
