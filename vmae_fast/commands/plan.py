@@ -6,9 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-from tyro.conf import OmitArgPrefixes
-
 from vmae_fast.models import VideoMAEConfig
 from vmae_fast.plan import (
     GPUS,
@@ -24,7 +21,7 @@ from vmae_fast.plan import (
 from vmae_fast.plan.text import describe
 from vmae_fast.train import ConfigError, ModelSettings, load_config
 
-from ._arguments import take_option
+from ._arguments import parse, shown_of_model, take_option
 
 
 @dataclass
@@ -37,13 +34,13 @@ class PlanArgs:
     accumulate: int = 1
     """Such batches of each GPU in an optimiser step."""
     gpu: str = "h200"
-    """One of the table."""
+    """Which GPU."""
     gpus: int = 1
     """How many of them."""
     clips: float | None = None
-    """Clips of an epoch: files of the data set."""
+    """Clips of an epoch: files of the data set. None: no time of the run."""
     epochs: float | None = None
-    """Epochs as papers count them: passes over the files times --repeats."""
+    """Epochs as papers count them: passes over the files times --repeats. None: one."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast with fp32 weights, or fp32."""
     residual: Literal["fp32", "bf16"] = "fp32"
@@ -51,13 +48,21 @@ class PlanArgs:
     checkpointing: Literal["none", "mlp", "block"] = "none"
     """What is computed again in the backward pass."""
     ema: bool = False
-    """An averaged copy of the weights is kept."""
+    """Keep an averaged copy of the weights."""
     results: str | None = None
-    """Folder of benchmark results to take measured rates from; None is a checkout's own."""
+    """Folder of benchmark results to take measured rates from. None: a checkout's own."""
     plot: bool = False
-    """Draw it."""
+    """Draw it, too."""
     out: str = "plan.png"
     """Where the picture goes."""
+
+
+# Flags that --help shows; the others are for --help-all.
+USUAL = (
+    "batch-size", "accumulate", "gpu", "gpus", "clips", "epochs", "precision", "residual",
+    "checkpointing", "ema", "plot", "out", "model", "frames", "image-size", "mask-ratio",
+    "decoder-mask-ratio",
+)  # fmt: skip
 
 
 def run(args: list[str]) -> int:
@@ -72,20 +77,27 @@ def run(args: list[str]) -> int:
     if source is not None:
         recipe = load_config(source)
         defaults.model = recipe.model
-        defaults.epochs = recipe.optim.epochs * recipe.data.repeats
+        defaults.epochs = recipe.optim.epochs * recipe.sources[0].repeats
         defaults.checkpointing, defaults.residual = recipe.run.checkpointing, recipe.run.residual
-    options = tyro.cli(
-        OmitArgPrefixes[PlanArgs],
+    shown = shown_of_model(defaults.model, args) | ({"config": source} if source else {})
+    options = parse(
+        PlanArgs,
         prog="vmae-fast plan",
         description=(
             "Say what a pretraining run takes, before it is started: memory of a GPU by part, the "
-            "largest batch, time of a step and of the run. --config FILE.toml|RECIPE takes its "
-            "model and epochs. Memory is that of the step followed on tensors without data; time "
-            "is a roofline, times the share of it that was measured on this GPU, if it was. "
-            f"GPUs: {', '.join(GPUS)}."
+            "largest batch, time of a step and of the run. Memory is that of the step followed on "
+            "tensors without data; time is a roofline, times the share of it that was measured on "
+            f"this GPU, if it was. GPUs: {', '.join(GPUS)}."
         ),
         default=defaults,
         args=args,
+        usual=USUAL,
+        config=True,
+        shown=shown,
+        examples=(
+            "vmae-fast plan --model base --batch-size 64 --gpu a100",
+            "vmae-fast plan --config v2-base --gpu h200 --gpus 8 --clips 1.35e6 --plot",
+        ),
     )
     try:
         plan = plan_of(options)
