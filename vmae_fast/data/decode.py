@@ -7,25 +7,12 @@ imports without a video library.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-
-from .clip import (
-    NO_FRAME,
-    Clip,
-    DecodeError,
-    Decoder,
-    Frames,
-    behind_end,
-    check_channels,
-    check_part,
-)
+from .clip import NO_FRAME, Clip, DecodeError, Decoder, behind_end, check_channels
 from .container import (
     ClockError,
     OpenVideo,
@@ -39,14 +26,10 @@ from .container import (
     opened,
     run_up,
 )
-from .convert import Converter
 from .frames import FrameFolderDecoder
-from .sampling import clip_indices, clip_times
+from .taking import ROUNDING, Taker, Wanted
 
 __all__ = ["Clip", "DecodeError", "Decoder", "PathDecoder", "PyAVDecoder"]
-
-# A time that is this near to a frame's, as a share of a time stamp's unit, is the frame's.
-_ROUNDING: Final = Fraction(1, 1000)
 
 
 class PyAVDecoder:
@@ -96,7 +79,7 @@ class PyAVDecoder:
     ) -> Clip:
         """See ``Decoder.read_clip``."""
         # Raises for a wrong argument before a file is blamed.
-        wanted = _Wanted(frames, stride, u, fps, first, count)
+        wanted = Wanted(frames, stride, u, fps, first, count)
         if fps is not None:
             try:
                 return _read_by_time(path, wanted, self.channels)
@@ -118,7 +101,7 @@ class PyAVDecoder:
     def read_all(self, path: str) -> Clip:
         """See ``Decoder.read_all``."""
         with opened(path) as video:
-            taker = _Taker(video, self.channels)
+            taker = Taker(video, self.channels)
             for number, frame in enumerate(decoded(video)):
                 taker.look(frame)
                 taker.keep(frame, number)
@@ -163,111 +146,9 @@ class PathDecoder:
         return self._of(path).read_all(path)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """The arguments of ``read_clip``, checked."""
-
-    frames: int
-    stride: int
-    u: float
-    fps: float | None
-    first: int | None
-    count: int | None
-
-    def __post_init__(self) -> None:
-        clip_indices(1, self.frames, self.stride if self.fps is None else 1, self.u)
-        if self.fps is not None:
-            clip_times(1.0, self.frames, self.fps, self.u)
-        check_part(self.first, self.count)
-
-    def indices(self, num_frames: int, rate: Fraction | None = None) -> list[int] | None:
-        """The frames of the clip among the ``num_frames`` of the file; None: none from ``first``.
-
-        With ``fps``, frame i is shown at ``i / rate``.
-        """
-        first = self.first or 0
-        left = min(num_frames - first, self.count or num_frames)
-        if left < 1:
-            return None
-        if self.fps is None:
-            return [first + k for k in clip_indices(left, self.frames, self.stride, self.u)]
-        assert rate is not None
-        times = clip_times(float(left / rate), self.frames, self.fps, self.u)
-        return [first + min(int(time * rate + _ROUNDING), left - 1) for time in times]
-
-    def times(self, seconds: Fraction, rate: Fraction | None) -> list[Fraction] | None:
-        """Times of the clip in a file of that length; None where it has none from ``first`` on."""
-        assert self.fps is not None
-        begin, left = Fraction(0), seconds
-        if self.first or self.count is not None:
-            if not rate:
-                raise ClockError
-            begin = (self.first or 0) / rate
-            left = seconds - begin
-            if self.count is not None:
-                left = min(left, self.count / rate)
-        if left <= 0:
-            return None
-        times = clip_times(float(left), self.frames, self.fps, self.u)
-        return [begin + Fraction(time) for time in times]
-
-
-@dataclass
-class _Taker:
-    """Looks at frames as they come, and keeps the wanted ones, converted.
-
-    Attributes:
-        pictures: the frames kept, one after the other.
-        stamps: their time stamps.
-        numbers: their numbers, each in the count that ``keep`` was given.
-        origin: time stamp of the first frame of the file.
-    """
-
-    video: OpenVideo
-    channels: int
-    origin: int | None = None
-    pictures: list[Frames] = field(default_factory=list)
-    stamps: list[int | None] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._convert = Converter(self.channels, self.video.size, self.video.pixel_aspect)
-        self._last: int | None = None
-        self.ordered = True
-
-    def look(self, frame: Any) -> None:
-        """Note a frame's time stamp, kept or not."""
-        if self.origin is None:
-            self.origin = frame.pts
-        if frame.pts is None or (self._last is not None and frame.pts <= self._last):
-            self.ordered = False
-        self._last = frame.pts
-
-    def keep(self, frame: Any, number: int, times: int = 1) -> None:
-        """Convert a frame and append it, ``times`` times."""
-        self.pictures += [self._convert(frame)] * times
-        self.stamps += [frame.pts] * times
-        self.numbers += [number] * times
-
-    def clip(self, frames: int, rate: Fraction | None, *, clock: bool = True) -> Clip:
-        """What was kept, the last one held up to ``frames``; timed by the stamps if in order."""
-        held = frames - len(self.pictures)
-        pictures = self.pictures + self.pictures[-1:] * held
-        if clock and self.ordered and self.origin is not None:
-            unit = self.video.stream.time_base
-            seconds = [
-                float((stamp - self.origin) * unit) for stamp in self.stamps if stamp is not None
-            ]
-        elif rate:
-            seconds = [float(number / rate) for number in self.numbers]
-        else:
-            seconds = [math.nan] * len(self.numbers)
-        return Clip(np.stack(pictures), tuple(seconds + seconds[-1:] * held))
-
-
 def _seek_and_take(video: OpenVideo, indices: list[int], channels: int) -> Clip | None:
     """The clip of those frames; None where the first of them never came."""
-    taker = _Taker(video, channels)
+    taker = Taker(video, channels)
     if indices[0] == 0:
         frames = decoded(video)
     else:
@@ -293,7 +174,7 @@ def _shown_from(frames: Iterator[Any], earliest: Fraction) -> Iterator[Any]:
     yield from frames
 
 
-def _take(frames: Iterable[Any], taker: _Taker, indices: list[int], number: int) -> int:
+def _take(frames: Iterable[Any], taker: Taker, indices: list[int], number: int) -> int:
     """Keep the frames ``indices`` (never decreasing); the first frame is number ``number``.
 
     Returns the number of the frame after the last one looked at.
@@ -308,7 +189,7 @@ def _take(frames: Iterable[Any], taker: _Taker, indices: list[int], number: int)
     return number
 
 
-def _read_counting(path: str, wanted: _Wanted, channels: int, num_frames: int | None) -> Clip:
+def _read_counting(path: str, wanted: Wanted, channels: int, num_frames: int | None) -> Clip:
     """Decode from the start of the file, counting; ``num_frames`` is the best guess so far."""
     if num_frames is None:
         with opened(path) as video:
@@ -319,7 +200,7 @@ def _read_counting(path: str, wanted: _Wanted, channels: int, num_frames: int | 
                 raise DecodeError(
                     path, "no time stamps and no frame rate; use a stride in place of fps"
                 )
-            taker = _Taker(video, channels)
+            taker = Taker(video, channels)
             # Without a frame to take, the pass only counts.
             indices = wanted.indices(num_frames, video.rate) or [-1]
             num_frames = _take(decoded(video), taker, indices, 0)
@@ -331,7 +212,7 @@ def _read_counting(path: str, wanted: _Wanted, channels: int, num_frames: int | 
     raise DecodeError(path, NO_FRAME)
 
 
-def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
+def _read_by_time(path: str, wanted: Wanted, channels: int) -> Clip:
     """The clip by the frames' own times; raises ``ClockError`` where they are no clock."""
     with opened(path) as video:
         seconds = declared_seconds(video)
@@ -340,7 +221,7 @@ def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
             seconds = measured_seconds(video) if video.timed else None
         if seconds is None:
             raise ClockError
-        taker = _Taker(video, channels)
+        taker = Taker(video, channels)
         times = wanted.times(seconds, video.rate)
         if times is not None:
             try:
@@ -352,7 +233,7 @@ def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
     num_frames = 0
     for _ in range(2):
         with opened(path) as video:
-            taker = _Taker(video, channels)
+            taker = Taker(video, channels)
             # Without a time to show, the pass only measures.
             times = wanted.times(seconds, video.rate)
             seconds = _show(decoded(video), taker, times)
@@ -364,7 +245,7 @@ def _read_by_time(path: str, wanted: _Wanted, channels: int) -> Clip:
     raise behind_end(path, wanted.first or 0, num_frames)
 
 
-def _seek_and_show(taker: _Taker, times: list[Fraction], fresh: bool) -> Fraction:
+def _seek_and_show(taker: Taker, times: list[Fraction], fresh: bool) -> Fraction:
     video = taker.video
     if times[0] == 0:
         if not fresh:
@@ -375,7 +256,7 @@ def _seek_and_show(taker: _Taker, times: list[Fraction], fresh: bool) -> Fractio
     return _show(run_up(video, taker.origin, latest), taker, times)
 
 
-def _show(frames: Iterable[Any], taker: _Taker, times: list[Fraction] | None) -> Fraction:
+def _show(frames: Iterable[Any], taker: Taker, times: list[Fraction] | None) -> Fraction:
     """Keep what is shown at each of ``times``, in seconds from the first frame of the file.
 
     Nothing is kept where the first of them lies behind the end of the last frame; then, and
@@ -421,6 +302,6 @@ def _slack(video: OpenVideo) -> Fraction:
     """By how much a time stamp may be late because it was rounded, in its own unit."""
     ticks = video.frame_ticks
     if ticks is None or ticks.denominator == 1:
-        return _ROUNDING
+        return ROUNDING
     # Never so much that a frame would be shown well before its time.
-    return min(Fraction(1, 2), ticks / 8) + _ROUNDING
+    return min(Fraction(1, 2), ticks / 8) + ROUNDING
