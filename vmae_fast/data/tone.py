@@ -33,8 +33,8 @@ _DISPLAY_GAMMA: Final = 2.4  # BT.1886
 _BT709_TO_BT2020: Final = np.array(
     [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]
 )
-_LUMA_BT2020: Final = np.array([0.2627, 0.6780, 0.0593], np.float32)
-_LUMA_BT709: Final = np.array([0.2126, 0.7152, 0.0722], np.float32)
+_LUMA_BT2020: Final = (0.2627, 0.6780, 0.0593)
+_LUMA_BT709: Final = (0.2126, 0.7152, 0.0722)
 
 # swscale's 16-bit RGB is its 8-bit RGB with more digits: white is 255 * 256, not 65535.
 _CODE_WHITE: Final = 255 * 256
@@ -61,28 +61,36 @@ def tone_map(
     result = np.empty((height, width, channels), np.uint8)
     to_light, roll_off, encode = _light_of_code(transfer), _roll_off(), _encoding()
     matrix = np.eye(3) if primaries == _PRIMARIES_BT709 else np.linalg.inv(_BT709_TO_BT2020)
-    matrix = matrix.T.astype(np.float32)
     for top in range(0, height, _ROWS):
-        strip = picture[top : top + _ROWS]
-        light = to_light[strip[..., :3]]
+        strip, shown = picture[top : top + _ROWS], result[top : top + _ROWS]
+        # A plane a colour: several times as quick as the three side by side.
+        light = [to_light[strip[..., colour]] for colour in range(3)]
         if transfer == "HLG":  # the display's part, by the luminance of the scene
-            luminance = light @ _LUMA_BT2020
-            light *= (luminance ** np.float32(_HLG_GAMMA - 1))[..., None]
+            gain = _mixed(_LUMA_BT2020, light) ** np.float32(_HLG_GAMMA - 1)
+            light = [plane * gain for plane in light]
         # One factor for a pixel's three colours keeps its hue.
-        brightest = light.max(-1)
-        light *= roll_off[_index(brightest)][..., None]
-        light = np.clip(light @ matrix, 0.0, 1.0)
-        colours = encode[_index(np.sqrt(light))]
+        gain = roll_off[_index(np.maximum(np.maximum(light[0], light[1]), light[2]))]
+        light = [plane * gain for plane in light]
+        mapped = [np.maximum(_mixed(row, light), 0) for row in matrix]
+        codes = [encode[_index(np.sqrt(plane))] for plane in mapped]
         if channels == 1:
-            colours = (colours @ _LUMA_BT709)[..., None]
-        result[top : top + _ROWS, :, :3] = np.rint(colours)
+            codes = [_mixed(_LUMA_BT709, codes)]
+        for colour, code in enumerate(codes):
+            shown[..., colour] = np.rint(code)
         if channels == 4:
-            result[top : top + _ROWS, :, 3] = np.minimum((strip[..., 3] + 128.0) / 256, 255)
+            shown[..., 3] = np.minimum((strip[..., 3] + 128.0) / 256, 255)
     return result
 
 
+def _mixed(weights: Any, planes: list[Floats]) -> Floats:
+    total = np.float32(weights[0]) * planes[0]
+    for weight, plane in zip(weights[1:], planes[1:], strict=True):
+        total += np.float32(weight) * plane
+    return total
+
+
 def _index(share: Floats) -> npt.NDArray[np.int32]:
-    return (np.minimum(share, 1.0) * (_STEPS - 1) + 0.5).astype(np.int32)
+    return (np.minimum(share, 1.0) * np.float32(_STEPS - 1) + np.float32(0.5)).astype(np.int32)
 
 
 @cache
