@@ -191,21 +191,32 @@ class ClipDataset(Dataset[ClipItem]):
         while index is not None and len(bad) < MAX_ATTEMPTS:
             path = self.files[index].path
             try:
-                clip = self._read_clip(request.epoch, index)
+                item = self._item(request.epoch, index, wanted)
             except DecodeError as error:
                 bad.append(BadFile(path, error.reason))
                 tried.add(path)
                 index = self._replacement(request, tried)
             else:
-                crops = [self._crop(clip.frames, request.epoch, index, k) for k in wanted]
-                return ClipItem(
-                    crops, index, request.epoch, path, clip.times_s, wanted.start, bad
-                )  # fmt: skip
+                item.bad = bad
+                return item
         listing = "\n".join(f"  {file.path}: {file.reason}" for file in bad)
         raise DataError(
             f"{len(bad)} files in a row could not be read; check that they are videos, or take "
             f"them out of the list:\n{listing}"
         )
+
+    def read(self, request: ClipRequest) -> ClipItem:
+        """Decode the clips of the very file that is asked for.
+
+        Raises:
+            DecodeError: it cannot be read.
+        """
+        return self._item(request.epoch, request.index, self._repeats(request))
+
+    def _item(self, epoch: int, index: int, repeats: range) -> ClipItem:
+        clip = self._read_clip(epoch, index)
+        crops = [self._crop(clip.frames, epoch, index, k) for k in repeats]
+        return ClipItem(crops, index, epoch, self.files[index].path, clip.times_s, repeats.start)
 
     def _repeats(self, request: ClipRequest) -> range:
         """Numbers of the repeats that a request asks for."""

@@ -1,0 +1,246 @@
+"""Reads a whole data set once: what it holds, what is bad in it, and how quick it loads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.context
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from .clip import DecodeError
+from .dataset import ClipDataset
+from .order import ClipRequest
+from .probe import VideoInfo, probe
+from .sources import VideoFile
+
+# Files that a process gets at a time: few enough that a crash costs little.
+_AT_A_TIME: Final = 4
+# Kinds of a property that a report names; the rest is counted together.
+_MOST_KINDS: Final = 8
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What became of a file.
+
+    Attributes:
+        path: the file.
+        info: its headers; None where they could not be read.
+        clip_s: seconds of one process for one clip, from opening to crops; None where it failed.
+        reason: why it is bad; "" where it is not.
+    """
+
+    path: str
+    info: VideoInfo | None
+    clip_s: float | None
+    reason: str
+
+
+@dataclass
+class Report:
+    """What a data set holds.
+
+    Attributes:
+        files: all of them, in order.
+        workers: processes that read them.
+        wall_s: seconds that reading them took.
+    """
+
+    files: list[CheckedFile]
+    workers: int
+    wall_s: float
+    source: str = ""
+    _infos: list[VideoInfo] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._infos = [file.info for file in self.files if file.info and not file.reason]
+
+    @property
+    def bad(self) -> list[CheckedFile]:
+        """Files that cannot be trained on."""
+        return [file for file in self.files if file.reason]
+
+    @property
+    def clip_s(self) -> float | None:
+        """Mean seconds of one process for a clip, as many processes at work as were here."""
+        times = [file.clip_s for file in self.files if file.clip_s is not None]
+        return statistics.fmean(times) if times else None
+
+    def clips_per_s(self, workers: int) -> float | None:
+        """Clips a second that ``workers`` processes load, if each is as quick as here."""
+        return None if self.clip_s is None else workers / self.clip_s
+
+    def waiting(self, step_s: float, batch_size: int, workers: int) -> float | None:
+        """Share of the time that a step of ``step_s`` seconds waits for its clips.
+
+        Loading runs ahead of the step, so that it waits only where loading is the slower of the
+        two: 1 - step / loading.
+        """
+        rate = self.clips_per_s(workers)
+        return None if rate is None else max(0.0, 1.0 - step_s / (batch_size / rate))
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for a file: counts, durations, rates, sizes, kinds, bad files."""
+        infos = self._infos
+        seconds = [info.seconds for info in infos if info.seconds is not None]
+        return {
+            "source": self.source,
+            "files": len(self.files),
+            "good": len(self.files) - len(self.bad),
+            "bad": [{"path": file.path, "reason": file.reason} for file in self.bad],
+            "hours": sum(seconds) / 3600,
+            "seconds": _spread(seconds),
+            "fps": _spread([info.fps for info in infos if info.fps is not None]),
+            "frames": _spread([float(info.frames) for info in infos if info.frames is not None]),
+            "size_bytes": sum(info.size_bytes for info in infos),
+            "width": _spread([float(info.width) for info in infos]),
+            "height": _spread([float(info.height) for info in infos]),
+            **{
+                name: _kinds(getattr(info, name) for info in infos)
+                for name in ("container", "codec", "pixel_format")
+            },
+            "notes": _kinds(note for info in infos for note in info.notes),
+            "workers": self.workers,
+            "clip_s": self.clip_s,
+            "clips_per_s": self.clips_per_s(self.workers),
+            "wall_s": self.wall_s,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each file: its headers, time and reason."""
+        return [
+            {
+                "path": file.path,
+                "reason": file.reason,
+                "clip_s": file.clip_s,
+                **({} if file.info is None else asdict(file.info)),
+            }
+            for file in self.files
+        ]
+
+
+def check_files(
+    dataset: ClipDataset,
+    *,
+    workers: int,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Read every file's headers and one clip, in several processes.
+
+    A file whose decoder takes its process down is bad too, and the rest are read all the same.
+
+    Args:
+        dataset: the files, and how clips are taken from them.
+        workers: processes, at least 1.
+        progress: called with the number of files read since the last call.
+
+    Raises:
+        ValueError: ``workers`` is below 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    started = time.perf_counter()
+    found: dict[int, CheckedFile] = {}
+
+    def note(indices: list[int], checked: list[CheckedFile]) -> None:
+        found.update(zip(indices, checked, strict=True))
+        if progress is not None:
+            progress(len(indices))
+
+    count = len(dataset.files)
+    size = max(1, min(_AT_A_TIME, count // (2 * workers)))
+    left = deque(list(range(count))[k : k + size] for k in range(0, count, size))
+    while left:
+        for index in _pass(dataset, left, workers, note):
+            # Which of those under way it was shows in a process of its own.
+            suspect = deque([[index]])
+            if _pass(dataset, suspect, 1, note):
+                path = dataset.files[index].path
+                note([index], [CheckedFile(path, None, None, "its decoder crashed")])
+    files = [found[index] for index in range(count)]
+    return Report(files, workers, time.perf_counter() - started)
+
+
+def _pass(
+    dataset: ClipDataset,
+    left: deque[list[int]],
+    workers: int,
+    note: Callable[[list[int], list[CheckedFile]], None],
+) -> list[int]:
+    """Take tasks off ``left`` until none is left or a process died; what was under way then."""
+    lost: list[int] = []
+    under_way: dict[Future[list[CheckedFile]], list[int]] = {}
+    with ProcessPoolExecutor(workers, _context(), _start, (dataset,)) as pool:
+        while (left or under_way) and not lost:
+            while left and len(under_way) < 2 * workers:
+                under_way[pool.submit(_check, left[0])] = left[0]
+                left.popleft()
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                task = under_way.pop(future)
+                try:
+                    note(task, future.result())
+                except BrokenProcessPool:
+                    lost += task
+    return lost + [index for task in under_way.values() for index in task]
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    # Neither a fork, which threads of this process do not survive, nor an import for each.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+# ---- in the processes ---------------------------------------------------------------------
+
+_dataset: ClipDataset | None = None
+
+
+def _start(dataset: ClipDataset) -> None:
+    import torch
+
+    global _dataset
+    _dataset = dataset
+    torch.set_num_threads(1)
+
+
+def _check(indices: list[int]) -> list[CheckedFile]:
+    assert _dataset is not None
+    return [check_file(_dataset, index) for index in indices]
+
+
+def check_file(dataset: ClipDataset, index: int) -> CheckedFile:
+    """Read one file's headers, and its clip as a data set gives it."""
+    file: VideoFile = dataset.files[index]
+    try:
+        info = probe(file.path)
+    except DecodeError as error:
+        return CheckedFile(file.path, None, None, error.reason)
+    before = time.perf_counter()
+    try:
+        dataset.read(ClipRequest(0, index))
+    except DecodeError as error:
+        return CheckedFile(file.path, info, None, error.reason)
+    return CheckedFile(file.path, info, time.perf_counter() - before, "")
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+
+
+def _kinds(values: Iterable[str]) -> dict[str, int]:
+    counts = Counter(values).most_common()
+    kinds = dict(counts[:_MOST_KINDS])
+    if len(counts) > _MOST_KINDS:
+        kinds["others"] = sum(count for _, count in counts[_MOST_KINDS:])
+    return kinds
