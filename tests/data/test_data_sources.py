@@ -42,7 +42,7 @@ def test_links_are_followed_once(tmp_path):
 
 def test_folder_without_videos(tmp_path):
     touch(tmp_path, "a.txt", "b/c.jpg", ".hidden.mp4")
-    with pytest.raises(DataError, match=r"mp4, mkv, webm, avi, mov .* 2 other files"):
+    with pytest.raises(DataError, match=r"mp4, mkv, webm, avi, mov, .* 2 other files"):
         list_videos(tmp_path)
 
 

@@ -8,7 +8,10 @@ from typing import Final
 
 from .rng import SPLIT, host_rng
 
-VIDEO_SUFFIXES: Final = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEO_SUFFIXES: Final = (
+    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".flv", ".3gp", ".ogv", ".vob", ".gif"),
+)
 
 
 class DataError(ValueError):
