@@ -164,6 +164,8 @@ def test_a_file_that_does_not_say_its_grid(tmp_path):
         VideoMAE.from_pretrained(
             tmp_path / "file.pth", frames=8, interpolate_positions=True, **said
         )
+    with pytest.raises(CheckpointError, match="goes with interpolate_positions=True"):
+        VideoMAE.from_pretrained(tmp_path / "file.pth", frames=8, positions_from=TRAINED, **said)
     wide = VideoMAE.from_pretrained(
         tmp_path / "file.pth", frames=8, interpolate_positions=True, positions_from=TRAINED, **said
     )

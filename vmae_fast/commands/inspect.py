@@ -302,7 +302,8 @@ def _of_run(about: dict[str, Any] | None) -> list[tuple[str, str]]:
         rows.append(("averaged", kept))
     for group, settings in about.get("settings", {}).items():
         values = settings if isinstance(settings, dict) else {group: settings}
-        rows.append((f"  [{group}]", ", ".join(f"{k}={v}" for k, v in values.items())))
+        if values:
+            rows.append((f"  [{group}]", ", ".join(f"{k}={v}" for k, v in values.items())))
     return rows
 
 

@@ -245,4 +245,6 @@ def _with_overrides(
                 f"{tuple(given)})"
             )
         overrides["positions_from"] = trained if interpolate_positions else config.positions_from
+    elif given is not None and not interpolate_positions:
+        raise CheckpointError("positions_from= goes with interpolate_positions=True")
     return dataclasses.replace(config, **overrides)
