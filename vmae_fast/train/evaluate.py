@@ -1,20 +1,92 @@
-"""Held-out loss under fixed masks."""
+"""What a model is worth on held-out clips: its loss under fixed masks, and its features."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from vmae_fast.data import BadFile, ClipDataset, ClipRequest, collate_clips
+from vmae_fast.data import BadFile, ClipBatch, ClipDataset, ClipRequest, collate_clips
 from vmae_fast.masking import clip_keys
 from vmae_fast.models import VideoMAE
 
 from .distributed import Ranks
+from .features import FeatureFigures, bank_of, figures_of
+from .inputs import Inputs
 
 # Masks of held-out clips hang on the file alone, never on the run's seed or epoch: the figures
 # of different runs on the same files can be compared.
 _MASK_SEED = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        loss: of the held-out clips' scored tokens; None without held-out files, or not asked for.
+        zero_prediction: the same of predicting zeros.
+        features: what the clips' features come to.
+        bad: files of this process that could not be read.
+    """
+
+    loss: float | None
+    zero_prediction: float | None
+    features: FeatureFigures
+    bad: list[BadFile]
+
+    def row(self) -> dict[str, float]:
+        """For the metrics."""
+        found = {"val_loss": self.loss, "val_zero_prediction": self.zero_prediction}
+        given = {name: value for name, value in found.items() if value is not None}
+        return given | self.features.row()
+
+
+def evaluate(
+    model: VideoMAE,
+    inputs: Inputs,
+    dataset: ClipDataset,
+    micro_batch: int,
+    autocast: AbstractContextManager[None],
+    *,
+    loss: bool = True,
+) -> Evaluation:
+    """Loss of the held-out clips, and figures of their features beside those of training clips.
+
+    The clips are split over processes, and the figures are those of all. No generator is drawn
+    from and no parameter touched: training goes on as if this had not been.
+
+    Args:
+        model: put into eval mode for the while.
+        inputs: the files, and this process among its ranks.
+        dataset: their clips, each the same every time.
+        micro_batch: clips at a time.
+        autocast: context to compute in.
+        loss: False leaves the loss out.
+    """
+    ranks = inputs.ranks
+    held_out = ClipFeatures(model, autocast)
+    bank = ClipFeatures(model, autocast)
+    requests = inputs.validation_requests()
+    found: tuple[float | None, float | None] = (None, None)
+    if loss and inputs.val:
+        *both, bad = held_out_loss(
+            model, dataset, requests, micro_batch, ranks, autocast, each=held_out.add
+        )
+        found = (both[0], both[1])
+    else:
+        bad = held_out.read(dataset, requests, micro_batch, ranks)
+    chosen = bank_of(inputs.train)
+    mine = [ClipRequest(0, index) for index in chosen[ranks.rank :: ranks.world_size]]
+    bad += bank.read(dataset, mine, micro_batch, ranks)
+    features = figures_of(
+        inputs.files, bank.gather(ranks, chosen), held_out.gather(ranks, inputs.val)
+    )
+    return Evaluation(*found, features, bad)
 
 
 @torch.no_grad()
@@ -25,6 +97,8 @@ def held_out_loss(
     micro_batch: int,
     ranks: Ranks,
     autocast: AbstractContextManager[None],
+    *,
+    each: Callable[[ClipBatch], None] | None = None,
 ) -> tuple[float, float, list[BadFile]]:
     """Mean loss of the held-out clips' scored tokens and of predicting zeros for the same ones.
 
@@ -35,6 +109,7 @@ def held_out_loss(
         micro_batch: clips at a time.
         ranks: this process; sums are taken over all.
         autocast: context to compute in.
+        each: called with every batch, on the device.
 
     Returns:
         Loss, zero-prediction loss, files that could not be read.
@@ -55,7 +130,62 @@ def held_out_loss(
             # By tokens where their number differs: how clips fall into batches must not matter.
             weight = len(items) if mask.scored is None else mask.scored.mean().item() * len(items)
             sums += torch.tensor([loss.item() * weight, zero.item() * weight, weight])
+            if each is not None:
+                each(batch)
     finally:
         model.train(training)
     total = ranks.sum(sums.to(ranks.device, torch.float32)).tolist()
     return total[0] / total[2], total[1] / total[2], bad
+
+
+class ClipFeatures:
+    """Features of clips, collected batch by batch on each process.
+
+    Args:
+        model: the encoder is its; put into eval mode for the while.
+        autocast: context to compute in.
+    """
+
+    def __init__(self, model: VideoMAE, autocast: AbstractContextManager[None]) -> None:
+        self.model, self.autocast = model, autocast
+        self._found: list[tuple[list[int], Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, batch: ClipBatch) -> None:
+        """Encode a batch that is on the device."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.autocast:
+                tokens_BND = self.model.encode(batch.video)
+        finally:
+            self.model.train(training)
+        self._found.append((batch.clip.tolist(), tokens_BND.float().mean(dim=1).cpu()))
+
+    def read(
+        self, dataset: ClipDataset, requests: list[ClipRequest], micro_batch: int, ranks: Ranks
+    ) -> list[BadFile]:
+        """Encode clips; returns the files that could not be read."""
+        bad: list[BadFile] = []
+        for first in range(0, len(requests), micro_batch):
+            items = [dataset[request] for request in requests[first : first + micro_batch]]
+            batch = collate_clips(items).to(ranks.device)
+            bad += batch.bad
+            self.add(batch)
+        return bad
+
+    def gather(self, ranks: Ranks, among: Sequence[int]) -> dict[int, Tensor]:
+        """Each clip's feature ``(D,)`` by index, over all processes, in order of index.
+
+        Args:
+            ranks: this process.
+            among: the indices wanted. What stood in for an unreadable file may be another: a
+                held-out clip must not get into the bank.
+        """
+        parts: list[Any] = ranks.gather(self._found)
+        wanted = set(among)
+        found: dict[int, Tensor] = {}
+        for clips, features in (piece for part in parts for piece in part):
+            pairs = zip(clips, features, strict=True)
+            found.update((clip, feature) for clip, feature in pairs if clip in wanted)
+        return dict(sorted(found.items()))

@@ -1,0 +1,227 @@
+"""What an encoder's features are worth, without a label in training: neighbours, spread, rank.
+
+A clip's feature is the mean of the encoder's output over all its tokens, none of them masked. Of
+the features come three figures: how often the nearest training clips vote for a held-out clip's
+own class, how far clips lie apart, and over how many directions they spread. The last two need no
+labels, and say when all clips come out alike.
+
+Shapes: n clips, D encoder width; q queries, b clips of the bank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmae_fast.data import VideoFile
+from vmae_fast.data.rng import SPLIT, host_rng
+
+# Neighbours that vote, and the temperature of their weights: those of Wu et al. (2018) and, with
+# 20 for k, of DINO (Caron et al., 2021). Not tuned to anything here.
+NEIGHBOURS: Final = 20
+TEMPERATURE: Final = 0.07
+# What a feature's variance over the bank is never divided by less than: BatchNorm's, as in the
+# linear probe of MAE (He et al., 2022), which standardises features the same way.
+_EPS: Final = 1e-6
+# Training clips of the bank: enough for some neighbours of each of some hundred classes, and few
+# beside the thousands of steps from one validation to the next.
+BANK: Final = 1024
+# Features have collapsed below either: fewer directions than two, or clips so near to each other
+# that their cosine similarity is above 0.9999 (spread as 1 is for features in all directions).
+COLLAPSED_RANK: Final = 2.0
+COLLAPSED_STD: Final = 0.01
+# Fewer clips have a rank of 2 or less for being few.
+_FEWEST_CLIPS: Final = 8
+
+
+def standardise(bank_bD: Tensor, queries_qD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the bank's mean and deviation of each dimension taken out, fp32.
+
+    Standardised so, as by a BatchNorm without parameters, a direction in which all clips agree
+    does not decide their similarity.
+    """
+    bank, queries = bank_bD.float(), queries_qD.float()
+    var, mean = torch.var_mean(bank, dim=0, correction=0)
+    scale = (var + _EPS).rsqrt()
+    return (bank - mean) * scale, (queries - mean) * scale
+
+
+def knn_classes(
+    bank_bD: Tensor,
+    bank_classes: Tensor,
+    queries_qD: Tensor,
+    *,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    same_file: Tensor | None = None,
+) -> Tensor:
+    """The class that the ``k`` most similar clips of the bank vote for, each query's.
+
+    A neighbour of cosine similarity ``s`` votes with ``exp(s / temperature)``. With equal votes
+    the class of the lower number wins.
+
+    Args:
+        bank_bD: features of the bank, floating point; a row's length does not matter.
+        bank_classes: ``(b,)`` int64, from 0.
+        queries_qD: features to classify.
+        k: how many vote; the whole bank where it holds fewer.
+        temperature: above 0.
+        same_file: ``(q, b)`` boolean, True where bank clip and query come from one file: such a
+            clip has no vote.
+
+    Returns:
+        ``(q,)`` int64; -1 where nothing in the bank may vote.
+
+    Raises:
+        ValueError: the bank is empty, or k or temperature is out of its range.
+
+    Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination"
+    (CVPR 2018), section 3.4.
+    """
+    if not len(bank_bD) or k < 1 or temperature <= 0:
+        raise ValueError(
+            f"a bank of at least 1 clip, k of at least 1 and a temperature above 0 are needed, got "
+            f"{len(bank_bD)}, {k} and {temperature}"
+        )
+    bank, queries = (F.normalize(x.float(), dim=1) for x in (bank_bD, queries_qD))
+    similarity_qb = queries @ bank.T
+    if same_file is not None:
+        similarity_qb = similarity_qb.masked_fill(same_file, -math.inf)
+    # Stable, so that which of two equally similar clips votes does not hang on the device.
+    similarity, nearest = similarity_qb.sort(dim=1, descending=True, stable=True)
+    similarity, nearest = similarity[:, :k], nearest[:, :k]
+    # Relative to the nearest: a small temperature overflows nothing.
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    weight = torch.where(similarity.isinf(), 0.0, weight)
+    votes = weight.new_zeros(len(queries), int(bank_classes.max()) + 1)
+    votes.scatter_add_(1, bank_classes[nearest], weight)
+    return torch.where(votes.sum(dim=1) > 0, votes.argmax(dim=1), -1)
+
+
+def feature_std(features_nD: Tensor) -> float:
+    """How far clips lie apart: 0 where all are alike, 1 where they point in all directions.
+
+    The deviation over clips of each dimension of the L2-normalised features, averaged (as a root
+    mean square) over dimensions and times sqrt(D). SimSiam watches the same deviation, which is
+    1 / sqrt(D) for features spread evenly over the sphere.
+
+    Source: Chen and He, "Exploring simple Siamese representation learning" (CVPR 2021), section
+    4.1.
+    """
+    unit = F.normalize(features_nD.double(), dim=1)
+    return float(unit.var(dim=0, correction=0).sum().sqrt()) if len(unit) else 0.0
+
+
+def effective_rank(features_nD: Tensor) -> float:
+    """Over how many directions clips spread: exp of the entropy of the singular values' shares.
+
+    Of the features with their mean over clips taken out: at most ``min(n - 1, D)``; 1 where all lie
+    on a line, 0 where all are alike.
+
+    Sources: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); of features, Garrido et al.,
+    "RankMe" (ICML 2023), which does not take the mean out.
+    """
+    x = features_nD.double()
+    x = x - x.mean(dim=0, keepdim=True)
+    # What fp32's rounding leaves of features that are all alike is no direction.
+    if not len(x) or x.norm() <= 1e-6 * features_nD.double().norm():
+        return 0.0
+    # Of the smaller Gram matrix: some thousand clips then take no longer than some hundred.
+    gram = x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+@dataclass(frozen=True)
+class FeatureFigures:
+    """What the features of a model's clips come to.
+
+    Attributes:
+        std: see :func:`feature_std`; over all clips that were encoded.
+        rank: see :func:`effective_rank`; over the same.
+        num_clips: how many those are.
+        knn_accuracy: share of the held-out clips whose class their neighbours in the bank vote
+            for; None where there is nothing to compare.
+        knn_chance: what always naming the commonest class would get: its share of those clips.
+    """
+
+    std: float
+    rank: float
+    num_clips: int
+    knn_accuracy: float | None = None
+    knn_chance: float | None = None
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the clips come out (nearly) alike, or differ in one direction only."""
+        few = self.num_clips < _FEWEST_CLIPS
+        return not few and (self.rank < COLLAPSED_RANK or self.std < COLLAPSED_STD)
+
+    def warning(self) -> str:
+        """What to tell the user where they have collapsed."""
+        return (
+            f"the features have collapsed: {self.num_clips} clips spread by {self.std:.3g} (of 1) "
+            f"in {self.rank:.3g} directions, so the encoder hardly tells them apart. A lower --lr, "
+            "a longer warm-up or --clip-grad may help"
+        )
+
+    def row(self) -> dict[str, float]:
+        """For the metrics."""
+        found: dict[str, float] = {"val_feature_std": self.std, "val_feature_rank": self.rank}
+        if self.knn_accuracy is not None and self.knn_chance is not None:
+            found |= {"val_knn_accuracy": self.knn_accuracy, "val_knn_chance": self.knn_chance}
+        return found
+
+
+def bank_of(train: Sequence[int], most: int = BANK) -> list[int]:
+    """Training clips to compare held-out ones with: all, or ``most`` of them, drawn once for all.
+
+    Drawn and not every so-many-th, which in a list that deals its classes in turn would be of one
+    class.
+    """
+    order = host_rng(0, stream=SPLIT, epoch=1).permutation(len(train))[:most]
+    return sorted(train[n] for n in order)
+
+
+def figures_of(
+    files: Sequence[VideoFile], bank: dict[int, Tensor], held_out: dict[int, Tensor]
+) -> FeatureFigures:
+    """The figures of encoded clips.
+
+    Args:
+        files: what the clips are of; their labels, where they have one, are the classes.
+        bank: feature ``(D,)`` of training clips by index into ``files``.
+        held_out: the same of held-out clips.
+    """
+    everything = torch.stack([*bank.values(), *held_out.values()])
+    spread = (feature_std(everything), effective_rank(everything), len(everything))
+    asked = [index for index in held_out if files[index].label is not None]
+    voting = [index for index in bank if files[index].label is not None]
+    labels = [str(files[index].label) for index in voting]
+    classes = sorted(set(labels))
+    if not asked or len(classes) < 2:
+        return FeatureFigures(*spread)
+    number = {label: n for n, label in enumerate(classes)}
+    truth = torch.tensor([number.get(str(files[index].label), len(classes)) for index in asked])
+    same_file = torch.tensor(
+        [[files[query].path == files[index].path for index in voting] for query in asked]
+    )
+    predicted = knn_classes(
+        torch.stack([bank[index] for index in voting]),
+        torch.tensor([number[label] for label in labels]),
+        torch.stack([held_out[index] for index in asked]),
+        same_file=same_file,
+    )
+    both = torch.cat([torch.tensor([number[label] for label in labels]), truth])
+    return FeatureFigures(
+        *spread,
+        knn_accuracy=(predicted == truth).float().mean().item(),
+        knn_chance=both.bincount().max().item() / len(both),
+    )
