@@ -21,7 +21,8 @@ from vmae_fast.profiling import span
 
 from .config import ConfigError, PretrainConfig
 from .distributed import Ranks
-from .evaluate import held_out_loss
+from .evaluate import evaluate
+from .features import FeatureFigures
 from .inputs import RunError
 from .metrics import Metrics
 from .optimizer import learning_rate
@@ -45,6 +46,7 @@ class RunResult:
         signal: number of the signal that stopped it, 0 if it came to its end.
         samples: some held-out clips (training ones where none are), uint8 ``(C, T, H, W)``.
         profile: the trace and the summary of the steps that ``--profile`` recorded, if any.
+        features: what the encoder's features came to in the last validation, if there was one.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class RunResult:
     signal: int
     samples: list[Tensor]
     profile: tuple[Path, ...] = ()
+    features: FeatureFigures | None = None
 
 
 @dataclass
@@ -130,6 +133,7 @@ class Pretraining:
         )
         self.readback: Readback[_Report] = Readback()
         self.val: tuple[float, float] | None = None
+        self.features: FeatureFigures | None = None
         self.signal = 0
         self.saved = setup.start_step
         self.metrics = Metrics(
@@ -167,7 +171,7 @@ class Pretraining:
         samples = setup.inputs.samples(setup.validation) if self.ranks.is_main else []
         return RunResult(
             setup.folder.path, checkpoint, step, loss, zero, self.signal, samples,
-            self.profile.written,
+            self.profile.written, self.features,
         )  # fmt: skip
 
     def _profile(self) -> ProfiledSteps:
@@ -191,6 +195,9 @@ class Pretraining:
         batches = self.setup.inputs.train_batches(self.schedule, step)
         pace = _Pace(step, self.config.optim.batch_size)
         self.model.train()
+        if step == 0:
+            # Untrained: what there is to rise from.
+            self._validate(step)
         while step < total and not self.signal:
             self.profile.at(step)
             with span("step"):
@@ -203,7 +210,7 @@ class Pretraining:
                 report.pace = pace.figures(step)
             if self.ranks.world_size == 1:
                 self.signal = self.stop.signal
-            validates = bool(self.setup.inputs.val) and (step % run.val_every == 0 or step == total)
+            validates = step % run.val_every == 0 or step == total
             saves = step % run.save_every == 0 or step == total
             if validates or saves or self.signal:
                 with span("read figures"):
@@ -310,18 +317,23 @@ class Pretraining:
         self.metrics.step({**shown, **({"bad_files": bad} if bad else {})})
 
     def _validate(self, step: int) -> None:
-        inputs = self.setup.inputs
-        loss, zero, bad = held_out_loss(
+        """Write the figures of held-out clips; before the first step those of features alone."""
+        setup = self.setup
+        found = evaluate(
             self.model,
-            self.setup.validation,
-            inputs.validation_requests(),
+            setup.inputs,
+            setup.validation,
             self.schedule.micro_batch,
-            self.ranks,
-            self.setup.autocast(),
+            setup.autocast(),
+            loss=step > 0,
         )
-        self.val = (loss, zero)
-        self._note_bad(bad)
-        self.metrics.write(step, {"val_loss": loss, "val_zero_prediction": zero})
+        if found.loss is not None and found.zero_prediction is not None:
+            self.val = (found.loss, found.zero_prediction)
+        self.features = found.features
+        self._note_bad(found.bad)
+        self.metrics.write(step, found.row())
+        if found.features.collapsed:
+            self.metrics.say(f"step {step}: {found.features.warning()}")
 
     def _save(self, step: int) -> None:
         if self.ranks.is_main:
