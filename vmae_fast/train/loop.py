@@ -26,6 +26,7 @@ from .features import FeatureFigures
 from .inputs import RunError
 from .metrics import Metrics
 from .optimizer import learning_rate
+from .out_of_memory import explain, is_out_of_memory
 from .profile import WARM_UPS, ProfiledSteps, steady_steps
 from .readback import Readback
 from .setup import Setup
@@ -148,7 +149,8 @@ class Pretraining:
         """Run to the end, or to a stop request; both end with a checkpoint.
 
         Raises:
-            RunError: the loss or a gradient is not finite, or too many files are bad.
+            RunError: the loss or a gradient is not finite, too many files are bad, or memory ran
+                out.
         """
         try:
             if self.ranks.is_main:
@@ -156,11 +158,13 @@ class Pretraining:
             with self.profile:
                 step = self._loop()
                 self.profile.finish(step)
-        except Exception:
+        except Exception as error:
             # Steps done before something else failed keep their rows, where no other process has
             # to agree.
             if self.ranks.world_size == 1:
                 self._read(everything=True)
+            if is_out_of_memory(error):
+                raise RunError(explain(self.setup, error)) from error
             raise
         finally:
             self.metrics.close()
@@ -380,8 +384,20 @@ def pretrain(config: PretrainConfig) -> RunResult:
     from .distributed import process_group
 
     config.check()
-    with StopRequest() as stop, process_group(config.run.device) as ranks:
-        return Pretraining(config, ranks, stop).train()
+    stop = StopRequest()
+    with process_group(config.run.device) as ranks:
+        try:
+            run = Pretraining(config, ranks, stop)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise RunError(
+                    f"out of memory on {ranks.device} before the first step: take a smaller "
+                    "--model, or end what else is on it (vmae-fast plan says what a run takes)"
+                ) from error
+            raise
+        # Until here Ctrl-C ends it at once: there is nothing to save.
+        with stop:
+            return run.train()
 
 
 __all__ = ["ConfigError", "Pretraining", "RunError", "RunResult", "pretrain"]

@@ -80,8 +80,12 @@ class Schedule:
         )
 
 
-def _micro_batch(config: PretrainConfig, world_size: int) -> tuple[int, int]:
-    """Clips at a time on each process, and in a step."""
+def micro_batches(config: PretrainConfig, world_size: int) -> list[int]:
+    """The micro-batches that can be chosen, smallest first; the last is all of a process's step.
+
+    Raises:
+        ConfigError: the batch does not divide over the processes.
+    """
     optim = config.optim
     several = {source.repeats for source in config.sources}
     # Where sources differ, a file may be cut between two micro-batches and is decoded for both.
@@ -92,13 +96,18 @@ def _micro_batch(config: PretrainConfig, world_size: int) -> tuple[int, int]:
             f"batch_size={optim.batch_size} does not divide over {world_size} processes into "
             f"whole files of {repeats} repeats; {world_size * repeats} and its multiples do"
         )
-    micro = optim.micro_batch
+    return [m for m in range(repeats, per_rank + 1, repeats) if per_rank % m == 0]
+
+
+def _micro_batch(config: PretrainConfig, world_size: int) -> tuple[int, int]:
+    """Clips at a time on each process, and in a step."""
+    possible, micro = micro_batches(config, world_size), config.optim.micro_batch
+    per_rank = possible[-1]
     if micro is None:
-        fits = [m for m in range(repeats, per_rank + 1, repeats) if per_rank % m == 0]
-        micro = max([m for m in fits if m <= AUTO_MICRO_BATCH], default=fits[0])
-    elif per_rank % micro or micro % repeats:
+        micro = max([m for m in possible if m <= AUTO_MICRO_BATCH], default=possible[0])
+    elif micro not in possible:
         raise ConfigError(
             f"micro_batch={micro} must divide the {per_rank} clips of each process and be a "
-            f"multiple of repeats={repeats}"
+            f"multiple of repeats={possible[0]}; {', '.join(map(str, possible))} do"
         )
     return micro, per_rank
