@@ -44,6 +44,7 @@ def test_figures_are_those_of_the_files(folder, workers):
     assert found["width"] == {"least": 64, "median": 64, "most": 64}
     assert found["height"] == {"least": 48, "median": 48, "most": 96}
     assert found["codec"] == {"h264": 6, "ffv1": 1}
+    assert found["container"] == {"mp4": 6, "matroska": 1}
     paths = [file.path for file in report.files if not file.reason]
     assert found["size_bytes"] == sum(os.path.getsize(path) for path in paths)
     assert all(file.clip_s > 0 for file in report.files if not file.reason)

@@ -101,9 +101,10 @@ class Report:
             "size_bytes": sum(info.size_bytes for info in infos),
             "width": _spread([float(info.width) for info in infos]),
             "height": _spread([float(info.height) for info in infos]),
+            "container": _kinds(map(_container, infos)),
             **{
                 name: _kinds(getattr(info, name) for info in infos)
-                for name in ("container", "codec", "pixel_format")
+                for name in ("codec", "pixel_format")
             },
             "notes": _kinds(note for info in infos for note in info.notes),
             "workers": self.workers,
@@ -230,6 +231,12 @@ def check_file(dataset: ClipDataset, index: int) -> CheckedFile:
     except DecodeError as error:
         return CheckedFile(file.path, info, None, error.reason)
     return CheckedFile(file.path, info, time.perf_counter() - before, "")
+
+
+def _container(info: VideoInfo) -> str:
+    """One name where FFmpeg's reader has several: the file's own ending, if it is one of them."""
+    names, suffix = info.container.split(","), info.path.rpartition(".")[2].lower()
+    return suffix if suffix in names else names[0]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
