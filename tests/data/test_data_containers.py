@@ -1,6 +1,7 @@
 """Clips of files as they come: every one is made of the frames of a straight decode."""
 
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 av = pytest.importorskip("av")
 
+from vmae_fast.data import decode  # noqa: E402
+from vmae_fast.data.container import decoded, opened  # noqa: E402
 from vmae_fast.data.decode import DecodeError, PyAVDecoder  # noqa: E402
 
 X264_OPEN = {"options": {"x264-params": "open-gop=1:bframes=3:scenecut=0"}}
@@ -118,6 +121,9 @@ def test_parts_are_exact(exact):
     np.testing.assert_array_equal(clip.frames, truth[[-6, -2, -2]])
     clip = decoder.read_clip(path, 4, 1, 0.0, fps=rate / 4, first=31, count=8)
     np.testing.assert_array_equal(clip.frames, truth[[31, 35, 35, 35]])
+    clip = decoder.read_clip(path, 3, 1, 0.0, fps=rate / 4, first=len(truth) - 6, count=100)
+    np.testing.assert_array_equal(clip.frames, truth[[-6, -2, -2]])
+    np.testing.assert_allclose(clip.times_s[1:], (len(truth) - 2) / rate, atol=0.006)
     for fps in (None, 5.0):
         with pytest.raises(DecodeError, match="begins at frame 500"):
             decoder.read_clip(path, 4, 2, 0.5, first=500, fps=fps)
@@ -186,12 +192,13 @@ def broken(request, tmp_path_factory, clips):
     clips.remux(source, path, **arguments)
     if "damaged" in request.param:
         damage(path)
-    return str(path), PyAVDecoder().read_all(str(path)).frames, is_exact
+    return str(path), PyAVDecoder().read_all(str(path)), is_exact
 
 
 @pytest.mark.parametrize("u", US)
 def test_broken_times_still_give_a_run_of_good_frames(broken, u):
-    path, truth, is_exact = broken
+    path, whole, is_exact = broken
+    truth = whole.frames
     clip = PyAVDecoder().read_clip(path, 4, 3, u)
     if len({frame.tobytes() for frame in truth}) < len(truth):
         # Damage has made frames alike: they cannot be told apart, but no other may show.
@@ -206,17 +213,77 @@ def test_broken_times_still_give_a_run_of_good_frames(broken, u):
     assert steps == [3] * held + [0] * (len(steps) - held)
     assert len(truth) - 1 - numbers[-1] < 3 or held == len(steps)
     assert all(a <= b for a, b in pairwise(clip.times_s))
+    if "not-in-order" not in path and "holes" not in path:
+        expected = [whole.times_s[number] for number in numbers]
+        np.testing.assert_allclose(clip.times_s, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("u", US)
 def test_broken_times_give_good_frames_by_time(broken, u):
-    path, truth, _ = broken
-    damaged = "damaged" in path
+    path, whole, _ = broken
+    truth, damaged = whole.frames, "damaged" in path
     clip = PyAVDecoder().read_clip(path, 4, 1, u, fps=7)
     for frame in clip.frames.astype(int):
         # What is made up for damaged pictures depends a little on what was decoded before.
         assert min(np.abs(frame - shown).mean() for shown in truth) < (2 if damaged else 1e-9)
     assert list(clip.times_s) == sorted(clip.times_s)
+
+
+def test_a_seek_between_keyframes_starts_at_the_next(tmp_path, clips):
+    options = {"x264-params": "scenecut=0"}
+    path = clips.write_video(tmp_path / "a.mp4", count=COUNT, gop=20, b_frames=0, options=options)
+    with opened(str(path)) as video:
+        for any_frame, first in ((False, 20), (True, 40)):
+            video.container.seek(30 * 512, stream=video.stream, any_frame=any_frame)
+            frame = next(decoded(video, from_keyframe=True))
+            assert (frame.key_frame, frame.pts) == (1, first * 512)
+
+
+def test_a_transport_stream_of_long_gops_is_sought(tmp_path, clips, monkeypatch):
+    options = {"x264-params": "scenecut=0"}
+    path = clips.write_video(tmp_path / "a.ts", count=200, gop=50, b_frames=2, options=options)
+    truth = clips.straight_decode(path)
+    monkeypatch.setattr(decode, "_read_counting", None)
+    for start in (99, 100, 149, 180):
+        clip = PyAVDecoder().read_clip(str(path), 4, 2, (start + 0.5) / 193)
+        np.testing.assert_array_equal(clip.frames, truth[start : start + 8 : 2])
+
+
+def test_raw_dv(tmp_path, clips):
+    """Its rate is said to be 60000 frames a second."""
+    if "dvvideo" not in av.codecs_available:
+        pytest.skip("this build of PyAV has no dvvideo")
+    path = tmp_path / "a.dv"
+    clips.write_video(path, count=9, codec="dvvideo", size=(576, 720), rate=25, format="dv")
+    clip = PyAVDecoder().read_clip(str(path), 3, 3, 0.0)
+    assert clips.read_numbers(clip.frames) == [0, 3, 6]
+    assert clip.frames.shape == (3, 576, 768, 3)
+    np.testing.assert_allclose(clip.times_s, [0, 3 / 25, 6 / 25])
+    clip = PyAVDecoder().read_clip(str(path), 3, 1, 0.0, fps=25 / 4)
+    assert clips.read_numbers(clip.frames) == [0, 4, 8]
+
+
+class _Failing:
+    """A container whose reading fails after some packets."""
+
+    def __init__(self, container, error):
+        self.container, self.error = container, error
+
+    def demux(self, stream):
+        for number, packet in enumerate(self.container.demux(stream)):
+            if number == 12:
+                raise self.error
+            yield packet
+
+
+@pytest.mark.parametrize("error", [IndexError(), av.error.InvalidDataError(1, "", "")])
+def test_damage_that_stops_reading_is_the_end(error, tmp_path, clips):
+    path = clips.write_video(tmp_path / "a.mkv", count=COUNT, gop=6)
+    with opened(str(path)) as video:
+        failing = replace(video, container=_Failing(video.container, error))
+        frames = [frame.to_ndarray(format="rgb24") for frame in decoded(failing)]
+    # Those that the decoder held back are among them.
+    np.testing.assert_array_equal(frames, clips.straight_decode(path)[:12])
 
 
 def test_times_out_of_order_count_at_the_average_rate(tmp_path, clips):

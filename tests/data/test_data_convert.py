@@ -242,6 +242,13 @@ def hlg_signal(nits):
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), high)
 
 
+def hlg_nits(signal):
+    scene = np.where(
+        signal <= 0.5, signal**2 / 3, (np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892) / 12
+    )
+    return 1000 * scene**1.2
+
+
 def rolled_off(nits):
     """BT.2390's curve from 1000 to 203 cd/m2, as light relative to the latter."""
     peak, white = pq_signal(1000), pq_signal(203)
@@ -266,14 +273,17 @@ def hdr_frame(clips, signal, transfer, size=(4, 4)):
     )
 
 
-@pytest.mark.parametrize(("transfer", "signal"), [(PQ, pq_signal), (HLG, hlg_signal)])
-def test_grey_follows_the_published_curve(transfer, signal, clips):
+@pytest.mark.parametrize(
+    ("transfer", "signal", "light"), [(PQ, pq_signal, pq_nits), (HLG, hlg_signal, hlg_nits)]
+)
+def test_grey_follows_the_published_curve(transfer, signal, light, clips):
     convert = Converter()
     shown = []
     for nits in (0.0, 0.1, 1, 5, 20, 50, 90, 150, 203, 300, 500, 1000):
         pixel = convert(hdr_frame(clips, signal(nits), transfer))[0, 0].astype(int)
         assert np.ptp(pixel) == 0  # grey stays grey
-        assert abs(pixel[0] - 255 * rolled_off(nits) ** (1 / 2.4)) < 2, nits
+        stored = light(np.round(876 * signal(nits)) / 876)  # 10 bits
+        assert abs(pixel[0] - 255 * rolled_off(stored) ** (1 / 2.4)) < 1.2, nits
         shown.append(pixel[0])
     assert shown == sorted(set(shown))  # brighter stays brighter
     assert 220 <= shown[8] <= 240  # reference white: bright, not clipped

@@ -176,12 +176,15 @@ def test_sixteen_bit_grey_is_scaled(tmp_path):
         assert picture.shape == (5, 7, channels)
 
 
+@pytest.mark.filterwarnings("error")
 def test_palette_with_a_transparent_colour(tmp_path):
     image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "L").convert("P")
     image.putpalette([10, 20, 30, 200, 100, 50])
     colours = np.array([[10, 20, 30, 0], [200, 100, 50, 255]])[[[0, 1], [1, 0]]]
     np.testing.assert_array_equal(one(tmp_path, image, 4, transparency=0), colours)
-    np.testing.assert_array_equal(one(tmp_path, image, 3, transparency=0), colours[..., :3])
+    for transparency in (0, bytes([0, 255])):
+        picture = one(tmp_path, image, 3, transparency=transparency)
+        np.testing.assert_array_equal(picture, colours[..., :3])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -34,9 +34,10 @@ _MISCOUNT: Final = Fraction(11, 10)
 
 _CLOCK: Final = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")  # hours:minutes:seconds.fraction
 
-# How often to seek, each time from farther back (1, 16, 256 frames), before counting instead.
-_SEEKS: Final = 4
-_FARTHER: Final = 16
+# How often to seek, each time from farther back (1, 5, 21, 85, 341 frames), before counting from
+# the start instead. Keyframes are seldom more than 300 frames apart.
+_SEEKS: Final = 6
+_FARTHER: Final = 4
 
 
 class SeekError(Exception):

@@ -85,7 +85,6 @@ class PyAVDecoder:
                 return _read_by_time(path, wanted, self.channels)
             except ClockError:
                 return _read_counting(path, wanted, self.channels, None)
-        num_frames = None
         with opened(path) as video:
             num_frames = declared_frames(video)
             indices = None if num_frames is None else wanted.indices(num_frames)
