@@ -87,6 +87,10 @@ def _run(command: str, args: list[str]) -> int:
     )
     try:
         status: int = import_module(f"vmae_fast.commands.{command}").run(args)
+    except BrokenPipeError:
+        # Whoever reads what is printed has enough (`| head`); nothing more can be flushed there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except mendable as error:
         print(f"vmae-fast: {error}", file=sys.stderr)
         return 1

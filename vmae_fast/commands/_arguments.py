@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ._help import Flag, flags_of, layout
+from ._help import ARGUMENTS, Flag, flags_of, layout
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ def parse(
         flags = flags_of(kind, default, "options", shown or {})
         if config:
             flags.insert(0, _config_flag((shown or {}).get("config", "")))
+        flags.sort(key=lambda flag: flag.group != ARGUMENTS)
         _show(_help(topic, flags, prog, description, usual, examples), topic)
         raise SystemExit(0)
     given: dict[str, Any] = {} if default is None else {"default": default}
@@ -99,15 +100,14 @@ def _help(
         there_are = ", ".join(groups)
         print(f"{prog}: no group of flags {topic!r}; there are {there_are}", file=sys.stderr)
         raise SystemExit(2)
-    arguments = [flag.usage for flag in flags if flag.group == "arguments"]
+    arguments = [flag.usage for flag in flags if flag.group == ARGUMENTS]
     notes = ["[ ] is what holds unless given."] if any(flag.default for flag in flags) else []
     brief = topic == "" and bool(usual)
     if brief:
-        group = next((name for name in groups if name != "options"), "options")
+        group = next((name for name in groups if name not in (ARGUMENTS, "options")), "options")
         notes.append(f"all flags: {prog} --help-all; one group: --help {group}")
-        by_name = {flag.name: flag for flag in flags}
-        wanted = {by_name[name.removeprefix("--")].name for name in usual} | {"config"}
-        flags = [flag for flag in flags if flag.name in wanted or flag.group == "arguments"]
+        wanted = {name.removeprefix("--").replace("_", "-") for name in usual} | {"config"}
+        flags = [flag for flag in flags if flag.name in wanted or flag.group == ARGUMENTS]
     elif topic in groups and several:
         flags, examples = [flag for flag in flags if flag.group == topic], ()
     return layout(

@@ -17,6 +17,8 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 _OF_POSITIONALS = typing.cast(Any, Positional)[Any].__metadata__
+# Group of what is given without a flag's name.
+ARGUMENTS = "arguments"
 # What a docstring says of a flag that is not given: "None: the list's own folder".
 _UNLESS_GIVEN = re.compile(r"(?:^|(?<=[.;]))\s*None:? (?P<what>[^.;]*[^.;\s])[.;]?")
 # As much of a docstring as a brief line takes.
@@ -87,7 +89,7 @@ def _flag(
         positional = any(mark in _OF_POSITIONALS for mark in hint.__metadata__)
         hint = hint.__origin__
     what = _UNLESS_GIVEN.search(doc)
-    if value is None and what:
+    if what:
         doc = (doc[: what.start()] + doc[what.end() :]).strip().rstrip(";")
         doc += "" if doc.endswith(".") or not doc else "."
     metavar = _metavar(hint, field)
@@ -102,7 +104,8 @@ def _flag(
         text = "" if value is dataclasses.MISSING else _words(value)
     usage = f"--{name} {metavar}".rstrip()
     if positional:
-        return Flag("arguments", "", name, name.upper(), doc, text)
+        needed = value is dataclasses.MISSING
+        return Flag(ARGUMENTS, "", name, name.upper() if needed else f"[{name.upper()}]", doc, text)
     if hint is bool and value is True:
         usage = f"--{name}, --no-{name}"
     return Flag(group, about, name, usage, doc, text)
@@ -209,6 +212,8 @@ def _row(flag: Flag, column: int, width: int, brief: bool) -> str:
     if brief and (first := _FIRST_CLAUSE.match(text)):
         text = first[0]
     default = f"[{flag.default}]" if flag.default else ""
+    if not text and not default:
+        return f"  {flag.usage}"
     # The default stays in one piece where a line takes it.
     kept = default.replace(" ", "\0") if len(default) < width - column else default
     left = f"  {flag.usage}"

@@ -181,7 +181,7 @@ class OptimSettings:
     weight_decay: float = 0.05
     """AdamW's decay; none on biases, norms and the mask token."""
     clip_grad: float | None = None
-    """Largest gradient norm. None: not clipped."""
+    """Largest gradient norm, or None for any. None: not clipped."""
     ema_decay: float = 0.0
     """Decay of an averaged copy of the weights; 0 keeps none."""
 
