@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from vmae_fast.train import ConfigError, DataSettings, ModelSettings, PretrainConfig, load_config
+from vmae_fast.train import ConfigError, DataSettings, ModelSettings, PretrainConfig
 
-from ._arguments import parse, take_option
+from ._arguments import parse, shown_of_model
+from ._looking import lay_over, model_of, settings_before_flags, shown_source
 
 if TYPE_CHECKING:
     from vmae_fast.data import VideoFile
@@ -50,16 +51,11 @@ def run(args: list[str]) -> int:
         OSError: the report cannot be written.
     """
     from vmae_fast.data.check import check_files
-    from vmae_fast.models import VideoMAEConfig
     from vmae_fast.train.distributed import alone
     from vmae_fast.train.inputs import Inputs
 
     config, options = _settings(args)
-    try:
-        model = VideoMAEConfig.of(config.model.model or "base", **config.model.overrides())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    inputs = Inputs(config, model, alone())
+    inputs = Inputs(config, model_of(config), alone())
     print("\n".join(inputs.notes), flush=True)
     workers = min(options.workers or os.cpu_count() or 1, len(inputs.files))
     from tqdm import tqdm
@@ -77,8 +73,7 @@ def run(args: list[str]) -> int:
 
 
 def _settings(args: list[str]) -> tuple[PretrainConfig, CheckArgs]:
-    source, rest = take_option(args, "--config")
-    base = PretrainConfig() if source is None else load_config(source)
+    base, source, rest = settings_before_flags(args)
     options = parse(
         CheckArgs,
         prog="vmae-fast check",
@@ -94,14 +89,13 @@ def _settings(args: list[str]) -> tuple[PretrainConfig, CheckArgs]:
             "vmae-fast check --config v1-base-k400 list.csv --step-time 0.035 --batch-size 64",
         ),
         config=True,
+        shown=shown_source(source) | shown_of_model(base.model, rest),
     )
     for name in ("workers", "step_time", "batch_size"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{name} must be above 0, got {value}")
-    base.model, base.data = options.model, options.data
-    if options.videos is not None:
-        base.data.data, base.mixture = options.videos, []
+    lay_over(base, options)
     # A file is read once, whatever it counts for.
     for part in base.sources:
         part.clips_per_video = 1
@@ -129,9 +123,9 @@ def _write(report: Report, files: list[VideoFile], stem: Path) -> list[Path]:
             # V2's form: the one that says which frames.
             file.writelines(_numbered(part) for part in good)
         else:
-            table = csv.writer(file)
-            table.writerow(["path", "label"])
-            table.writerows([os.path.abspath(part.path), part.label or ""] for part in good)
+            listing = csv.writer(file)
+            listing.writerow(["path", "label"])
+            listing.writerows([os.path.abspath(part.path), part.label or ""] for part in good)
     return paths
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from vmae_fast.train import ConfigError, DataSettings, ModelSettings, PretrainConfig, load_config
+from vmae_fast.train import ConfigError, DataSettings, ModelSettings, PretrainConfig
 
-from ._arguments import parse, take_option
+from ._arguments import parse, shown_of_model
+from ._looking import lay_over, model_of, settings_before_flags, shown_source
 
 if TYPE_CHECKING:
     from vmae_fast.data import ClipItem, VideoFile
@@ -47,24 +48,19 @@ def run(args: list[str]) -> int:
     """
     from vmae_fast.data import collate_clips
     from vmae_fast.masking import clip_keys
-    from vmae_fast.models import VideoMAEConfig
     from vmae_fast.pictures import PreviewClip, save_preview
     from vmae_fast.train.distributed import alone
     from vmae_fast.train.inputs import Inputs
 
     config, options = _settings(args)
-    try:
-        model = VideoMAEConfig.of(config.model.model or "base", **config.model.overrides())
-        masking = model.masking
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    model = model_of(config)
     inputs = Inputs(config, model, alone())
     dataset = inputs.dataset(train=True)
     first = options.step * config.optim.batch_size
     items = [dataset[request] for request in inputs.epoch().requests(first, options.clips)]
     batch = collate_clips(items)
     keys = clip_keys(config.run.seed, batch.epoch, batch.clip, batch.repeat)
-    mask = masking(keys)
+    mask = model.masking(keys)
     shown = [
         PreviewClip(video, title, times)
         for item in items
@@ -84,8 +80,7 @@ def run(args: list[str]) -> int:
 
 def _settings(args: list[str]) -> tuple[PretrainConfig, PreviewArgs]:
     """The settings of the run whose clips are shown, and what of them is."""
-    source, rest = take_option(args, "--config")
-    base = PretrainConfig() if source is None else load_config(source)
+    base, source, rest = settings_before_flags(args)
     options = parse(
         PreviewArgs,
         prog="vmae-fast preview",
@@ -111,20 +106,19 @@ def _settings(args: list[str]) -> tuple[PretrainConfig, PreviewArgs]:
             "vmae-fast preview --config runs/base/config.toml --step 1000 --clips 8",
         ),
         config=True,
+        shown=shown_source(source) | shown_of_model(base.model, rest),
     )
     if options.clips < 1 or options.step < 0:
         raise ConfigError(
             f"--clips must be at least 1 and --step at least 0, got {options.clips} and "
             f"{options.step}"
         )
-    base.model, base.data, base.loading.flip = options.model, options.data, options.flip
-    if options.videos is not None:
-        base.data.data, base.mixture = options.videos, []
+    lay_over(base, options)
+    base.loading.flip = options.flip
     if options.batch_size is not None:
         base.optim.batch_size = options.batch_size
     if options.seed is not None:
         base.run.seed = options.seed
-    base.loading.cache = False
     base.check()
     return base, options
 
