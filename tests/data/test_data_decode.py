@@ -255,6 +255,14 @@ def test_unreadable_files(name, reason, whole, tmp_path, clips):
     assert reason in caught.value.reason
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_would_be_waited_for_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (str(tmp_path / "pipe.mp4"), "/dev/zero"):
+        with pytest.raises(DecodeError, match="not a file"):
+            PyAVDecoder().read_clip(path, 4, 2, 0.5)
+
+
 def test_header_without_frames(tmp_path, clips):
     good = clips.write_video(tmp_path / "good.mkv", count=10).read_bytes()
     path = tmp_path / "header.mkv"
