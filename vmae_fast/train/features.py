@@ -11,6 +11,7 @@ Shapes: n clips, D encoder width; q queries, b clips of the bank.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -219,9 +220,9 @@ def figures_of(
         torch.stack([held_out[index] for index in asked]),
         same_file=same_file,
     )
-    both = torch.cat([torch.tensor([number[label] for label in labels]), truth])
+    commonest = Counter(labels + [str(files[index].label) for index in asked]).most_common(1)
     return FeatureFigures(
         *spread,
         knn_accuracy=(predicted == truth).float().mean().item(),
-        knn_chance=both.bincount().max().item() / len(both),
+        knn_chance=commonest[0][1] / (len(labels) + len(asked)),
     )
