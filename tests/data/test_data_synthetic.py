@@ -24,7 +24,7 @@ def test_files_folders_and_progress(tmp_path):
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
     assert names == sorted(f"{MOTIONS[k % 8]}/{k:04d}.mp4" for k in range(10))
     for file in list_videos(folder):
-        frames = PyAVDecoder().read_all(file.path)
+        frames = PyAVDecoder().read_all(file.path).frames
         assert frames.shape == (5, 32, 32, 3)
 
 
@@ -163,7 +163,7 @@ def test_colours_survive_encoding(tmp_path):
     folder = synthetic_videos(tmp_path, count=2, size=72, frames=8)
     for number, motion in enumerate(MOTIONS[:2]):
         drawn = render_motion(motion, host_rng(0, stream=6, clip=number), size=72, frames=8)
-        shown = PyAVDecoder().read_all(str(folder / motion / f"{number:04d}.mp4"))
+        shown = PyAVDecoder().read_all(str(folder / motion / f"{number:04d}.mp4")).frames
         assert np.abs(drawn.astype(int) - shown).mean() < 4
 
 
