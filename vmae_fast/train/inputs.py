@@ -201,15 +201,16 @@ class Inputs:
         return [s.repeats for s in samplings], [s.weight for s in samplings]
 
     def _names(self, source: DataSettings, files: list[VideoFile]) -> list[str]:
-        """Names of files that stay the same when a data set moves, which its content may not."""
+        """Names of files that stay the same when a data set moves, with what decides their order."""
         if source.data is None:
             return [Path(file.path).name for file in files]
         root = Path(source.data)
         if not root.is_dir():
             root = root.parent if source.data_root is None else Path(source.data_root)
-        sampling = "" if source == DataSettings(data=source.data) else f" {source.sampling}"
+        often = (source.repeats, source.weight)
+        order = "" if often == (1, 1.0) else f" {often}"
         return [
-            f"{_relative(file.path, root)}{sampling}"
+            f"{_relative(file.path, root)}{order}"
             + ("" if file.first is None else f" {file.first}")
             + ("" if file.count is None else f" {file.count}")
             for file in files
