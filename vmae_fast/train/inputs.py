@@ -201,7 +201,7 @@ class Inputs:
         return [s.repeats for s in samplings], [s.weight for s in samplings]
 
     def _names(self, source: DataSettings, files: list[VideoFile]) -> list[str]:
-        """Names of files that stay the same when a data set moves, with what decides their order."""
+        """Names that stay the same when a data set moves, with what decides the order of clips."""
         if source.data is None:
             return [Path(file.path).name for file in files]
         root = Path(source.data)
