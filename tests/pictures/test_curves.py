@@ -12,7 +12,8 @@ LOSSES = [
 ]
 SPREAD = [{"step": n, "val_feature_std": 0.1 * n, "val_feature_rank": 3.0 + n} for n in (0, 4, 8)]
 CLASSES = [
-    {**row, "val_knn_accuracy": 0.1 * n, "val_knn_chance": 0.125} for n, row in enumerate(SPREAD)
+    {**row, "val_knn_accuracy": 0.1 * n, "val_knn_motion": 0.2 * n, "val_knn_chance": 0.125}
+    for n, row in enumerate(SPREAD)
 ]
 
 
@@ -49,9 +50,10 @@ def test_features_have_a_panel_below(tmp_path, drawn):
     path = save_loss_curve(tmp_path / "curve.png", LOSSES + CLASSES)
     assert Image.open(path).size == (960, 1080)
     found = lines(drawn[0])
-    assert found["k-NN accuracy, held out"] == ([0, 4, 8], pytest.approx([0, 0.1, 0.2]))
-    assert found["chance (the commonest class)"] == ([0, 4, 8], [0.125] * 3)
-    assert found["spread of the features (1: in all directions)"][1] == pytest.approx([0, 0.4, 0.8])
+    assert found["k-NN accuracy by features"] == ([0, 4, 8], pytest.approx([0, 0.1, 0.2]))
+    assert found["k-NN accuracy by motion"][1] == pytest.approx([0, 0.2, 0.4])
+    assert found["chance"] == ([0, 4, 8], [0.125] * 3)
+    assert found["spread of the features"][1] == pytest.approx([0, 0.4, 0.8])
     ranks = [list(line.get_ydata()) for line in drawn[0].axes[-1].lines]
     assert ranks == [[3.0, 7.0, 11.0]]
 
@@ -64,5 +66,5 @@ def test_clips_without_classes_leave_no_empty_entry(tmp_path, drawn):
         if axes.get_legend()
         for text in axes.get_legend().get_texts()
     ]
-    assert "spread of the features (1: in all directions)" in legend
+    assert "spread of the features" in legend
     assert not any("k-NN" in text or "chance" in text for text in legend)

@@ -21,6 +21,7 @@ from vmae_fast.train.features import (
     feature_std,
     figures_of,
     knn_classes,
+    standardise,
 )
 from vmae_fast.train.inputs import Inputs
 from vmae_fast.train.metrics import read_metrics
@@ -162,20 +163,26 @@ def test_the_bank_is_all_or_the_same_part():
     assert len({index // 2 % 4 for index in chosen}) == 4
 
 
+def rows_at(*degrees):
+    """Clips of one row of tubelets, ``(1, 2)`` each."""
+    return at_angles(*degrees)[:, None]
+
+
 def files_of(*labels):
     return [VideoFile(f"{n}.mp4", label) for n, label in enumerate(labels)]
 
 
 def test_figures_of_labelled_clips():
     files = files_of("a", "a", "b", "b", "b", "a", "c", None)
-    # 40 clips of the bank's angles would drown a wrong class: k is 20, here all vote.
-    bank = dict(enumerate(at_angles(0, 10, 90, 100)))
-    held_out = dict(zip((4, 5, 6, 7), at_angles(95, 5, 0, 0), strict=True))
+    bank = dict(enumerate(rows_at(0, 10, 90, 100)))
+    held_out = dict(zip((4, 5, 6, 7), rows_at(95, 5, 0, 0), strict=True))
     found = figures_of(files, bank, held_out)
     # 4 and 5 are right; nothing in the bank is a "c"; 7 has no class.
     assert found.knn_accuracy == pytest.approx(2 / 3)
     assert found.knn_chance == pytest.approx(3 / 7)
     assert found.num_clips == 8
+    # One row of tubelets does not change.
+    assert found.knn_motion is None
     assert set(found.row()) == {
         "val_feature_std", "val_feature_rank", "val_knn_accuracy", "val_knn_chance",
     }  # fmt: skip
@@ -183,7 +190,7 @@ def test_figures_of_labelled_clips():
 
 @pytest.mark.parametrize("labels", [(None,) * 4, ("a",) * 4, ("a", "b", None, None)])
 def test_without_classes_there_is_no_accuracy(labels):
-    features = at_angles(0, 50, 90, 140)
+    features = rows_at(0, 50, 90, 140)
     found = figures_of(
         files_of(*labels), dict(enumerate(features[:2])), dict(enumerate(features[2:], 2))
     )
@@ -193,8 +200,29 @@ def test_without_classes_there_is_no_accuracy(labels):
 
 def test_a_file_that_is_listed_twice_does_not_vote_for_itself():
     files = [VideoFile("same.mp4", "a"), VideoFile("other.mp4", "b"), VideoFile("same.mp4", "a")]
-    bank = dict(enumerate(at_angles(0, 90)))
-    assert figures_of(files, bank, {2: at_angles(0)[0]}).knn_accuracy == 0
+    bank = dict(enumerate(rows_at(0, 90)))
+    assert figures_of(files, bank, {2: rows_at(0)[0]}).knn_accuracy == 0
+
+
+def test_motion_is_change_whatever_a_clip_looks_like():
+    """Two looks cross two motions: the look says nothing of the class, the change everything."""
+    files = files_of(*("up", "down") * 40)
+    generator = torch.Generator().manual_seed(0)
+    looks = torch.randn(80, 1, 6, generator=generator) * 5
+    up = torch.tensor([0.0, 1, 2, 3])[:, None] * torch.ones(6)
+    clips = [look + (up if n % 2 == 0 else -up) for n, look in enumerate(looks)]
+    clips = [clip - clip.mean(dim=0) + look for clip, look in zip(clips, looks, strict=True)]
+    found = figures_of(files, dict(enumerate(clips[:60])), dict(enumerate(clips[60:], 60)))
+    assert found.knn_motion == 1
+    assert found.knn_accuracy < 0.8
+
+
+def test_standardising_is_by_the_bank_alone():
+    bank = torch.tensor([[1.0, 5, 2], [3, 5, 2.5]])
+    queries = torch.tensor([[5.0, 5, 2]])
+    ours, theirs = standardise(bank, queries)
+    torch.testing.assert_close(ours, torch.tensor([[-1.0, 0, -1], [1, 0, 1]]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(theirs, torch.tensor([[3.0, 0, -1]]), rtol=1e-4, atol=0)
 
 
 def inputs_of(config, ranks):
@@ -218,26 +246,32 @@ def test_evaluation_against_a_second_one(config):
     assert all(parameter.grad is None for parameter in model.parameters())
 
     with torch.no_grad():
-        features = {
-            index: model.eval()
-            .encode(dataset[ClipRequest(0, index)].crops[0].permute(3, 0, 1, 2)[None])
-            .mean(dim=1)[0]
+        tokens = {
+            index: model.eval().encode(
+                dataset[ClipRequest(0, index)].crops[0].permute(3, 0, 1, 2)[None]
+            )[0]
             for index in reversed(range(16))
         }
-    everything = torch.stack([features[index] for index in (*inputs.train, *inputs.val)])
+    tokens = torch.stack([tokens[index] for index in (*inputs.train, *inputs.val)])
+    features = tokens.mean(dim=1)
     assert found.features.num_clips == 16
-    assert found.features.std == pytest.approx(feature_std(everything), rel=1e-4)
-    assert found.features.rank == pytest.approx(effective_rank(everything), rel=1e-4)
-    # 16 files of 8 classes: all eight of the bank vote for each.
-    unit = torch.nn.functional.normalize(everything, dim=1)
-    right = 0
-    for n, index in enumerate(inputs.val, 8):
-        votes = {}
-        for m, other in enumerate(inputs.train):
-            label = inputs.files[other].label
-            votes[label] = votes.get(label, 0) + math.exp(float(unit[n] @ unit[m]) / 0.07)
-        right += max(votes, key=votes.get) == inputs.files[index].label
-    assert found.features.knn_accuracy == pytest.approx(right / 8)
+    assert found.features.std == pytest.approx(feature_std(features), rel=1e-4)
+    assert found.features.rank == pytest.approx(effective_rank(features), rel=1e-4)
+    # Two rows of 16 tubelets.
+    change = tokens[:, 16:].mean(dim=1) - tokens[:, :16].mean(dim=1)
+    labels = [inputs.files[index].label for index in (*inputs.train, *inputs.val)]
+    for figure, x in ((found.features.knn_accuracy, features), (found.features.knn_motion, change)):
+        x = (x - x[:8].mean(dim=0)) / x[:8].std(dim=0, correction=0)
+        unit = torch.nn.functional.normalize(x, dim=1)
+        right = 0
+        for query in range(8, 16):
+            # 16 files of 8 classes: all eight of the bank vote.
+            votes = {}
+            for n in range(8):
+                vote = math.exp(float(unit[query] @ unit[n]) / 0.07)
+                votes[labels[n]] = votes.get(labels[n], 0) + vote
+            right += max(votes, key=votes.get) == labels[query]
+        assert figure == pytest.approx(right / 8)
     assert found.features.knn_chance == pytest.approx(1 / 8)
 
 
@@ -260,7 +294,10 @@ def test_a_held_out_clip_in_place_of_a_bad_file_does_not_get_into_the_bank(
 
 # ---- runs ---------------------------------------------------------------------------------
 
-NAMES = ("val_knn_accuracy", "val_knn_chance", "val_feature_std", "val_feature_rank")
+NAMES = (
+    *("val_knn_accuracy", "val_knn_motion", "val_knn_chance"),
+    *("val_feature_std", "val_feature_rank"),
+)
 
 
 def test_a_run_writes_them(config):
@@ -276,7 +313,7 @@ def test_a_run_writes_them(config):
 def test_a_run_without_held_out_files_follows_its_features(config):
     config.loading.val = 0.0
     result = pretrain(config)
-    rows = [row for row in read_metrics(result.path / "metrics.jsonl") if NAMES[2] in row]
+    rows = [row for row in read_metrics(result.path / "metrics.jsonl") if "val_feature_std" in row]
     assert [row["step"] for row in rows] == [0, 4, 8]
     assert not any("val_loss" in row or NAMES[0] in row for row in rows)
     assert result.val_loss is None
@@ -306,5 +343,6 @@ def test_two_processes_find_what_one_finds(config, tmp_path):
     last = [row for row in rows if NAMES[0] in row][-1]
     assert last["step"] == 8
     assert last["val_knn_accuracy"] == alone.knn_accuracy
+    assert last["val_knn_motion"] == alone.knn_motion
     assert last["val_feature_std"] == pytest.approx(alone.std, rel=1e-3)
     assert last["val_feature_rank"] == pytest.approx(alone.rank, rel=1e-3)

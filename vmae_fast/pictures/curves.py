@@ -20,8 +20,8 @@ Rows = Sequence[dict[str, Any]]
 def save_loss_curve(path: Path, rows: Rows) -> Path:
     """Draw training and held-out loss against their zero predictions, and the learning rate.
 
-    Where the rows hold figures of the features, a second panel below has those: k-NN accuracy on
-    held-out clips with the line of chance, spread and effective rank.
+    Where the rows hold figures of the features, a second panel below has those: k-NN accuracies
+    on held-out clips with the line of chance, spread and effective rank.
 
     Args:
         path: PNG to write.
@@ -67,19 +67,23 @@ def _draw_features(axes: Axes, rows: Rows) -> None:
     """Shares from 0 to 1 on the left, the rank on the right."""
     axes.plot(
         *_series(rows, "val_knn_accuracy"), color="tab:red", marker="o", ms=4,
-        label="k-NN accuracy, held out",
+        label="k-NN accuracy by features",
+    )  # fmt: skip
+    axes.plot(
+        *_series(rows, "val_knn_motion"), color="tab:orange", marker="o", ms=4,
+        label="k-NN accuracy by motion",
     )  # fmt: skip
     axes.plot(
         *_series(rows, "val_knn_chance"), color="0.4", ls="--", lw=1,
-        label="chance (the commonest class)",
+        label="chance",
     )  # fmt: skip
     axes.plot(
         *_series(rows, "val_feature_std"), color="tab:blue", marker=".", lw=1,
-        label="spread of the features (1: in all directions)",
+        label="spread of the features",
     )  # fmt: skip
     if not any("val_knn_accuracy" in row for row in rows):
         # No empty entries in the legend where the clips have no classes.
-        for line in axes.lines[:2]:
+        for line in axes.lines[:3]:
             line.set_label("_")
     axes.set(ylabel="share", title="Features of the encoder", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
@@ -88,7 +92,8 @@ def _draw_features(axes: Axes, rows: Rows) -> None:
     rank.set_ylabel("effective rank", color="tab:green", fontsize=8)
     rank.tick_params(axis="y", labelsize=7)
     rank.set_ylim(bottom=0)
-    axes.legend(loc="upper right", fontsize=8)
+    # Below: the curves go everywhere.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8)
 
 
 def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:

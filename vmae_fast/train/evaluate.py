@@ -139,7 +139,7 @@ def held_out_loss(
 
 
 class ClipFeatures:
-    """Features of clips, collected batch by batch on each process.
+    """Encodings of clips, collected batch by batch on each process.
 
     Args:
         model: the encoder is its; put into eval mode for the while.
@@ -160,7 +160,9 @@ class ClipFeatures:
                 tokens_BND = self.model.encode(batch.video)
         finally:
             self.model.train(training)
-        self._found.append((batch.clip.tolist(), tokens_BND.float().mean(dim=1).cpu()))
+        rows = self.model.config.grid[0]
+        rows_BtD = tokens_BND.float().unflatten(1, (rows, -1)).mean(dim=2)
+        self._found.append((batch.clip.tolist(), rows_BtD.cpu()))
 
     def read(
         self, dataset: ClipDataset, requests: list[ClipRequest], micro_batch: int, ranks: Ranks
@@ -175,12 +177,15 @@ class ClipFeatures:
         return bad
 
     def gather(self, ranks: Ranks, among: Sequence[int]) -> dict[int, Tensor]:
-        """Each clip's feature ``(D,)`` by index, over all processes, in order of index.
+        """Each clip's tokens averaged over space, over all processes, in order of index.
 
         Args:
             ranks: this process.
             among: the indices wanted. What stood in for an unreadable file may be another: a
                 held-out clip must not get into the bank.
+
+        Returns:
+            ``(t, D)`` fp32 on the host by index, t rows of tubelets.
         """
         parts: list[Any] = ranks.gather(self._found)
         wanted = set(among)

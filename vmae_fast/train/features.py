@@ -1,17 +1,18 @@
 """What an encoder's features are worth, without a label in training: neighbours, spread, rank.
 
-A clip's feature is the mean of the encoder's output over all its tokens, none of them masked. Of
-the features come three figures: how often the nearest training clips vote for a held-out clip's
-own class, how far clips lie apart, and over how many directions they spread. The last two need no
-labels, and say when all clips come out alike.
+A clip is encoded with none of its tokens masked, and its tokens averaged over space. The mean of
+that over time is its feature: what is in the clip. The change from each row of tubelets to the next
+is its motion: what happens in it, whatever it looks like. Of both it is counted how often the
+nearest training clips vote for a held-out clip's own class. How far the features of clips lie
+apart, and over how many directions they spread, needs no class, and says when all clips come out
+alike.
 
-Shapes: n clips, D encoder width; q queries, b clips of the bank.
+Shapes: n clips, t rows of tubelets, D encoder width; q queries, b clips of the bank.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -149,7 +150,9 @@ class FeatureFigures:
         rank: see :func:`effective_rank`; over the same.
         num_clips: how many those are.
         knn_accuracy: share of the held-out clips whose class their neighbours in the bank vote
-            for; None where there is nothing to compare.
+            for, by their features; None where there is nothing to compare.
+        knn_motion: the same by how their tokens change over time; None too where clips are one
+            row of tubelets long.
         knn_chance: what always naming the commonest class would get: its share of those clips.
     """
 
@@ -157,6 +160,7 @@ class FeatureFigures:
     rank: float
     num_clips: int
     knn_accuracy: float | None = None
+    knn_motion: float | None = None
     knn_chance: float | None = None
 
     @property
@@ -176,9 +180,12 @@ class FeatureFigures:
     def row(self) -> dict[str, float]:
         """For the metrics."""
         found: dict[str, float] = {"val_feature_std": self.std, "val_feature_rank": self.rank}
-        if self.knn_accuracy is not None and self.knn_chance is not None:
-            found |= {"val_knn_accuracy": self.knn_accuracy, "val_knn_chance": self.knn_chance}
-        return found
+        votes = {
+            "val_knn_accuracy": self.knn_accuracy,
+            "val_knn_motion": self.knn_motion,
+            "val_knn_chance": self.knn_chance,
+        }
+        return found | {name: value for name, value in votes.items() if value is not None}
 
 
 def bank_of(train: Sequence[int], most: int = BANK) -> list[int]:
@@ -198,31 +205,41 @@ def figures_of(
 
     Args:
         files: what the clips are of; their labels, where they have one, are the classes.
-        bank: feature ``(D,)`` of training clips by index into ``files``.
+        bank: tokens averaged over space ``(t, D)`` of training clips, by index into ``files``.
         held_out: the same of held-out clips.
     """
-    everything = torch.stack([*bank.values(), *held_out.values()])
+    everything = torch.stack([*bank.values(), *held_out.values()]).mean(dim=1)
     spread = (feature_std(everything), effective_rank(everything), len(everything))
     asked = [index for index in held_out if files[index].label is not None]
     voting = [index for index in bank if files[index].label is not None]
-    labels = [str(files[index].label) for index in voting]
-    classes = sorted(set(labels))
-    if not asked or len(classes) < 2:
+    labels = [str(files[index].label) for index in (*voting, *asked)]
+    number = {label: n for n, label in enumerate(sorted(set(labels)))}
+    if not asked or len(set(labels[: len(voting)])) < 2:
         return FeatureFigures(*spread)
-    number = {label: n for n, label in enumerate(classes)}
-    truth = torch.tensor([number.get(str(files[index].label), len(classes)) for index in asked])
-    same_file = torch.tensor(
-        [[files[query].path == files[index].path for index in voting] for query in asked]
-    )
-    predicted = knn_classes(
-        torch.stack([bank[index] for index in voting]),
-        torch.tensor([number[label] for label in labels]),
-        torch.stack([held_out[index] for index in asked]),
-        same_file=same_file,
-    )
-    commonest = Counter(labels + [str(files[index].label) for index in asked]).most_common(1)
+    classes = torch.tensor([number[label] for label in labels])
+    place = {path: n for n, path in enumerate({file.path for file in files})}
+    paths = torch.tensor([place[files[index].path] for index in (*voting, *asked)])
+    bank_btD = torch.stack([bank[index] for index in voting])
+    queries_qtD = torch.stack([held_out[index] for index in asked])
+
+    def accuracy(bank_bX: Tensor, queries_qX: Tensor) -> float:
+        predicted = knn_classes(
+            bank_bX, classes[: len(voting)], queries_qX,
+            same_file=paths[len(voting) :, None] == paths[: len(voting)],
+        )  # fmt: skip
+        return (predicted == classes[len(voting) :]).float().mean().item()
+
+    moves = bank_btD.shape[1] > 1
     return FeatureFigures(
         *spread,
-        knn_accuracy=(predicted == truth).float().mean().item(),
-        knn_chance=commonest[0][1] / (len(labels) + len(asked)),
+        knn_accuracy=accuracy(*standardise(bank_btD.mean(dim=1), queries_qtD.mean(dim=1))),
+        knn_motion=accuracy(*standardise(_motion(bank_btD), _motion(queries_qtD)))
+        if moves
+        else None,
+        knn_chance=classes.bincount().max().item() / len(classes),
     )
+
+
+def _motion(rows_ntD: Tensor) -> Tensor:
+    """Change from each row of tubelets to the next, ``(n, (t - 1) * D)``."""
+    return rows_ntD.float().diff(dim=1).flatten(1)
