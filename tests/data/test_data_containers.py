@@ -61,6 +61,8 @@ EXACT = {
     "gif": ("gif", {"codec": "gif", "rate": 25, "pix_fmt": "rgb8", "count": 40}),
     "apng": ("apng", {"codec": "apng", "rate": 25, "pix_fmt": "rgb24", "format": "apng"}),
     "mjpeg-avi": ("avi", {"codec": "mjpeg", "rate": 25, "pix_fmt": "yuvj420p"}),
+    "mpeg4-b-avi": ("avi", {"codec": "mpeg4", "rate": 25, "b_frames": 2}),
+    "h264-b-avi": ("avi", {"b_frames": 3}),
     "huffyuv-avi": ("avi", {"codec": "huffyuv", "rate": 25, "pix_fmt": "yuv422p"}),
     "qtrle-mov": ("mov", {"codec": "qtrle", "rate": 25, "pix_fmt": "rgb24"}),
     "fragments": ("mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
@@ -252,6 +254,25 @@ def test_a_transport_stream_of_long_gops_is_sought(tmp_path, clips, monkeypatch)
     for start in (99, 100, 149, 180):
         clip = PyAVDecoder().read_clip(str(path), 4, 2, (start + 0.5) / 193)
         np.testing.assert_array_equal(clip.frames, truth[start : start + 8 : 2])
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+def test_files_without_a_duration_are_sought(suffix, tmp_path, clips, monkeypatch):
+    """As browsers record them: written on, never gone back to."""
+    more = {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}} if suffix == "webm" else {}
+    path = tmp_path / f"live.{suffix}"
+    clips.write_video(path, count=COUNT, gop=10, container_options={"live": "1"}, **more)
+    truth = clips.straight_decode(path)
+    monkeypatch.setattr(decode, "_read_counting", None)
+    opens = []
+    monkeypatch.setattr(decode, "opened", lambda path: opens.append(path) or opened(path))
+    for start in (0, 17, 30, 51):
+        clip = PyAVDecoder().read_clip(str(path), 4, 2, (start + 0.5) / 53)
+        np.testing.assert_array_equal(clip.frames, truth[start : start + 8 : 2])
+        clip = PyAVDecoder().read_clip(str(path), 4, 1, (start + 0.5) / 52, fps=12)
+        np.testing.assert_array_equal(clip.frames, truth[start : start + 8 : 2])
+    # The header, the packets, the clip.
+    assert len(opens) == 3 * 8
 
 
 def test_raw_dv(tmp_path, clips):

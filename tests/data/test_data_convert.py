@@ -7,8 +7,9 @@ import pytest
 
 av = pytest.importorskip("av")
 
+from vmae_fast.data import convert  # noqa: E402
 from vmae_fast.data.convert import Converter, deinterlace, shown_size  # noqa: E402
-from vmae_fast.data.decode import PyAVDecoder  # noqa: E402
+from vmae_fast.data.decode import DecodeError, PyAVDecoder  # noqa: E402
 
 BT709, BT601, BT2020 = 1, 5, 9  # matrices (and, of the first and last, primaries) in H.273
 PQ, HLG = 16, 18
@@ -113,6 +114,16 @@ def test_alpha(codec, suffix, format, tmp_path, clips):
 def test_other_numbers_of_channels(channels):
     with pytest.raises(ValueError, match=r"channels must be 1 .*, 3 .* or 4"):
         PyAVDecoder(channels)
+
+
+def test_sizes_that_only_damage_can_give(tmp_path, clips, monkeypatch):
+    path = str(clips.write_video(tmp_path / "a.mp4", count=9, size=(48, 64)))
+    monkeypatch.setattr(convert, "_MOST_PIXELS", 48 * 64)
+    assert PyAVDecoder().read_all(path).frames.shape == (9, 48, 64, 3)
+    monkeypatch.setattr(convert, "_MOST_PIXELS", 48 * 64 - 1)
+    for read_it in (PyAVDecoder().read_all, lambda path: PyAVDecoder().read_clip(path, 4, 2, 0.5)):
+        with pytest.raises(DecodeError, match="a picture of 64 x 48 pixels"):
+            read_it(path)
 
 
 @pytest.mark.parametrize(

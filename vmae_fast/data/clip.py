@@ -30,6 +30,10 @@ class DecodeError(RuntimeError):
         return f"cannot decode {self.path!r}: {self.reason}"
 
 
+class PictureError(Exception):
+    """A picture is not one to be converted; the message says why. Becomes a ``DecodeError``."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """Decoded frames, and when they are shown.

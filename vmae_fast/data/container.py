@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import islice
 from typing import Any, Final
 
-from .clip import DecodeError
+from .clip import DecodeError, PictureError
 
 _MP4: Final = "mov,mp4,m4a,3gp,3g2,mj2"
 
@@ -114,7 +114,7 @@ def opened(path: str) -> Iterator[OpenVideo]:
             codec.thread_count = 1
             size = (codec.height, codec.width) if codec.height and codec.width else None
             yield OpenVideo(container, stream, size)
-    except (av.error.FFmpegError, OSError, UnicodeError) as error:
+    except (av.error.FFmpegError, OSError, UnicodeError, PictureError) as error:
         raise DecodeError(path, getattr(error, "strerror", None) or str(error)) from error
 
 

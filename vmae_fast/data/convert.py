@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from .clip import Frames, check_channels
+from .clip import Frames, PictureError, check_channels
 from .tone import TRANSFERS, tone_map
 
 _FORMATS: Final = {1: "gray", 3: "rgb24", 4: "rgba"}
@@ -23,6 +23,9 @@ _NEARLY_SQUARE: Final = 0.01
 # The first line stays as it is. Of estdif's searches for edges the quickest, which takes half the
 # time of its defaults.
 _TOP_FIELD: Final = "mode=frame:parity=tff:deint=all:rslope=1:redge=0:interp=2p"
+
+# Twice 8K. Damaged headers give sizes up to 16383 x 16383, whose clips fill the memory.
+_MOST_PIXELS: Final = 8192 * 8192
 
 # swscale's number of BT.601.
 _BT601: Final = 5
@@ -50,6 +53,7 @@ class Converter:
 
     Raises:
         ValueError: another number of channels.
+        PictureError: on a call, a picture of more than 8192 x 8192 pixels.
     """
 
     def __init__(
@@ -70,6 +74,9 @@ class Converter:
         """Convert one frame."""
         if self._size is None:
             self._size = shown_size(frame.height, frame.width, self._aspect)
+        height, width = self._size
+        if max(height * width, frame.height * frame.width) > _MOST_PIXELS:
+            raise PictureError(f"a picture of {width} x {height} pixels; the header is damaged")
         if frame.interlaced_frame:
             frame = deinterlace(frame)
         transfer = TRANSFERS.get(getattr(frame, "color_trc", 0))

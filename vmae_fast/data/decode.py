@@ -84,18 +84,17 @@ class PyAVDecoder:
             try:
                 return _read_by_time(path, wanted, self.channels)
             except ClockError:
-                return _read_counting(path, wanted, self.channels, None)
+                with opened(path) as video:
+                    num_frames = declared_frames(video)
+                return _read_counting(path, wanted, self.channels, num_frames)
         with opened(path) as video:
-            num_frames = declared_frames(video)
-            indices = None if num_frames is None else wanted.indices(num_frames)
-            if indices is not None:
-                try:
-                    clip = _seek_and_take(video, indices, self.channels)
-                except SeekError:
-                    clip = None
-                if clip is not None:
-                    return clip
-        return _read_counting(path, wanted, self.channels, num_frames)
+            num_frames, timed = declared_frames(video), video.timed
+            clip = _seek_and_take(video, wanted, self.channels, num_frames)
+        if num_frames is None and timed:
+            num_frames = _counted_packets(path)
+            with opened(path) as video:
+                clip = _seek_and_take(video, wanted, self.channels, num_frames)
+        return clip or _read_counting(path, wanted, self.channels, num_frames)
 
     def read_all(self, path: str) -> Clip:
         """See ``Decoder.read_all``."""
@@ -145,22 +144,34 @@ class PathDecoder:
         return self._of(path).read_all(path)
 
 
-def _seek_and_take(video: OpenVideo, indices: list[int], channels: int) -> Clip | None:
-    """The clip of those frames; None where the first of them never came."""
+def _seek_and_take(
+    video: OpenVideo, wanted: Wanted, channels: int, num_frames: int | None
+) -> Clip | None:
+    """The clip in a file of that many frames; None where it takes counting from the start."""
+    indices = None if num_frames is None else wanted.indices(num_frames)
+    if indices is None:
+        return None
     taker = Taker(video, channels)
-    if indices[0] == 0:
-        frames = decoded(video)
-    else:
-        ticks = video.frame_ticks
-        if not ticks:
-            raise SeekError
-        taker.origin = first_time(video)
-        # Time stamps are rounded (to 1 ms in Matroska): the wanted frame is the one within half
-        # a frame of its time.
-        target = taker.origin + indices[0] * ticks
-        frames = _shown_from(run_up(video, taker.origin, target + ticks / 2), target - ticks / 2)
-    _take(frames, taker, indices, indices[0])
+    try:
+        frames = _from_number(video, taker, indices[0])
+        _take(frames, taker, indices, indices[0])
+    except SeekError:
+        return None
     return taker.clip(len(indices), video.rate) if taker.pictures else None
+
+
+def _from_number(video: OpenVideo, taker: Taker, number: int) -> Iterator[Any]:
+    """Frames from that one on, by its time; raises ``SeekError``, at once or on the way."""
+    if number == 0:
+        return decoded(video)
+    ticks = video.frame_ticks
+    if not ticks:
+        raise SeekError
+    taker.origin = first_time(video)
+    # Time stamps are rounded (to 1 ms in Matroska): the wanted frame is the one within half a
+    # frame of its time.
+    target = taker.origin + number * ticks
+    return _shown_from(run_up(video, taker.origin, target + ticks / 2), target - ticks / 2)
 
 
 def _shown_from(frames: Iterator[Any], earliest: Fraction) -> Iterator[Any]:
@@ -191,8 +202,7 @@ def _take(frames: Iterable[Any], taker: Taker, indices: list[int], number: int) 
 def _read_counting(path: str, wanted: Wanted, channels: int, num_frames: int | None) -> Clip:
     """Decode from the start of the file, counting; ``num_frames`` is the best guess so far."""
     if num_frames is None:
-        with opened(path) as video:
-            num_frames = declared_frames(video) or count_packets(video)
+        num_frames = _counted_packets(path)
     for _ in range(2):
         with opened(path) as video:
             if wanted.fps is not None and not video.rate:
@@ -211,24 +221,28 @@ def _read_counting(path: str, wanted: Wanted, channels: int, num_frames: int | N
     raise DecodeError(path, NO_FRAME)
 
 
+def _counted_packets(path: str) -> int:
+    with opened(path) as video:
+        return count_packets(video)
+
+
 def _read_by_time(path: str, wanted: Wanted, channels: int) -> Clip:
     """The clip by the frames' own times; raises ``ClockError`` where they are no clock."""
     with opened(path) as video:
-        seconds = declared_seconds(video)
-        fresh = seconds is not None
-        if seconds is None:
-            seconds = measured_seconds(video) if video.timed else None
-        if seconds is None:
-            raise ClockError
-        taker = Taker(video, channels)
-        times = wanted.times(seconds, video.rate)
-        if times is not None:
-            try:
-                seconds = _seek_and_show(taker, times, fresh)
-            except SeekError:
-                taker.pictures.clear()
-            if taker.pictures:
-                return taker.clip(wanted.frames, video.rate)
+        seconds, timed = declared_seconds(video), video.timed
+        clip = None
+        if seconds is not None:
+            clip, seconds = _seek_and_show(video, wanted, channels, seconds)
+    if seconds is None and timed:
+        with opened(path) as video:
+            seconds = measured_seconds(video)
+        if seconds is not None:
+            with opened(path) as video:
+                clip, seconds = _seek_and_show(video, wanted, channels, seconds)
+    if seconds is None:
+        raise ClockError
+    if clip is not None:
+        return clip
     num_frames = 0
     for _ in range(2):
         with opened(path) as video:
@@ -244,15 +258,28 @@ def _read_by_time(path: str, wanted: Wanted, channels: int) -> Clip:
     raise behind_end(path, wanted.first or 0, num_frames)
 
 
-def _seek_and_show(taker: Taker, times: list[Fraction], fresh: bool) -> Fraction:
-    video = taker.video
-    if times[0] == 0:
-        if not fresh:
-            raise SeekError
-        return _show(decoded(video), taker, times)
-    taker.origin = first_time(video)
-    latest = taker.origin + times[0] / video.stream.time_base + _slack(video)
-    return _show(run_up(video, taker.origin, latest), taker, times)
+def _seek_and_show(
+    video: OpenVideo, wanted: Wanted, channels: int, seconds: Fraction
+) -> tuple[Clip | None, Fraction]:
+    """The clip in a file of that length, and the length by what was seen of it.
+
+    No clip where it takes reading from the start.
+    """
+    times = wanted.times(seconds, video.rate)
+    if times is None:
+        return None, seconds
+    taker = Taker(video, channels)
+    try:
+        if times[0] == 0:
+            frames = decoded(video)
+        else:
+            taker.origin = first_time(video)
+            latest = taker.origin + times[0] / video.stream.time_base + _slack(video)
+            frames = run_up(video, taker.origin, latest)
+        seconds = _show(frames, taker, times)
+    except SeekError:
+        return None, seconds
+    return (taker.clip(wanted.frames, video.rate) if taker.pictures else None), seconds
 
 
 def _show(frames: Iterable[Any], taker: Taker, times: list[Fraction] | None) -> Fraction:
