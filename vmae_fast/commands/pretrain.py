@@ -125,6 +125,8 @@ def _report(config: Any, result: Any) -> int:
     written += _pictures(config, result)
     if result.val_loss is not None:
         _print_held_out(result.val_loss, result.val_zero_prediction, config.run.target)
+    if result.features is not None:
+        print(result.features.describe())
     print("wrote")
     for what, path in written:
         print(f"  {what:16} {path}")

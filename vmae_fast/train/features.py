@@ -169,6 +169,20 @@ class FeatureFigures:
         few = self.num_clips < _FEWEST_CLIPS
         return not few and (self.rank < COLLAPSED_RANK or self.std < COLLAPSED_STD)
 
+    def describe(self) -> str:
+        """One line of them all."""
+        text = (
+            f"features of {self.num_clips} clips: spread {self.std:.2f}, effective rank "
+            f"{self.rank:.1f}"
+        )
+        if self.knn_accuracy is None or self.knn_chance is None:
+            return text
+        motion = "" if self.knn_motion is None else f", {self.knn_motion:.3f} by motion"
+        return (
+            f"{text}; k-NN accuracy on held-out clips {self.knn_accuracy:.3f}{motion}, chance "
+            f"{self.knn_chance:.3f}"
+        )
+
     def warning(self) -> str:
         """What to tell the user where they have collapsed."""
         return (
