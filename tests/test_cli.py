@@ -138,11 +138,11 @@ def test_a_perfect_prediction_reconstructs_the_original(monkeypatch):
         (["pretrain", *SMALL, "--batch-size", "5", "--repeats", "2"], "not a multiple of repeats"),
         (["pretrain", *SMALL, "--image-size", "100"], "96 or 104 would do"),
         (["pretrain", *SMALL, "--mask-ratio", "1"], "at least one must stay visible"),
-        (["pretrain", *SMALL, "--device", "tpu9"], "--device tpu9: Invalid device string"),
+        (["pretrain", *SMALL, "--device", "tpu9"], "--device tpu9: torch knows no such device"),
         (["pretrain", *SMALL, "--init", "nowhere"], "no checkpoint at nowhere"),
         (["pretrain", *SMALL, "--cuda-graph", "on"], "--cuda-graph on: needs a CUDA device"),
         (["pretrain", *SMALL, "--residual", "bf16"], "goes with --precision bf16"),
-        (["reconstruct", "nowhere", "x.mp4"], "no checkpoint at nowhere"),
+        (["reconstruct", "nowhere", "x.mp4"], "no video at x.mp4"),
         (["trian"], "no command 'trian'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import shutil
 import sys
@@ -26,6 +27,16 @@ _EXAMPLES = {
     "vmae-fast pretrain": "the demonstration: a small model learns in minutes, on a CPU too",
     "vmae-fast pretrain --data /my/videos --steps 500": "the same on your own videos",
     "vmae-fast plan --config v1-base-k400 --gpu a100": "what a real run takes",
+}
+# What to do about errors of the system, where whoever raised them did not say.
+_NEXT = {
+    errno.ENOENT: "; check the path",
+    errno.EACCES: "; take another place, or change who may read and write there",
+    errno.EPERM: "; take another place, or change who may read and write there",
+    errno.EROFS: "; that disk cannot be written to: take another place",
+    errno.ENOSPC: "; make room on that disk, or write elsewhere",
+    errno.EDQUOT: "; make room on that disk, or write elsewhere",
+    errno.EFBIG: "; files there may not get as large: write elsewhere",
 }
 # Packages that are installed under another name than they are imported by.
 _INSTALLED_AS = {"PIL": "pillow"}
@@ -92,7 +103,8 @@ def _run(command: str, args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except mendable as error:
-        print(f"vmae-fast: {error}", file=sys.stderr)
+        hint = _NEXT.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+        print(f"vmae-fast: {error}{hint}", file=sys.stderr)
         return 1
     return status
 

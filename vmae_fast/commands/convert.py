@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from vmae_fast._files import atomic_folder
 from vmae_fast.commands._arguments import parse
@@ -38,10 +39,10 @@ _OF_CHECKPOINTS = (
 class ConvertArgs:
     """Read a checkpoint of any dialect and write it in another."""
 
-    source: Positional[str]
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
     """Checkpoint: a folder of ours or Hugging Face's, a .pth of MCG-NJU's or OpenGVLab's, a hub
     id; or a run's folder, of which the latest is taken."""
-    out: Positional[Path]
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """What to write: a folder, or for the dialect videomae a .pth file."""
     dialect: str = "vmae-fast"
     """What it is written as: vmae-fast, huggingface (which transformers loads), or videomae (the

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from vmae_fast.commands._arguments import parse
 from vmae_fast.commands._checkpoints import (
@@ -43,7 +43,7 @@ _SHOWN = 20
 class InspectArgs:
     """Say what a checkpoint is, without loading its weights."""
 
-    checkpoint: Positional[str]
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Checkpoint: a folder of ours or Hugging Face's, a .pth of MCG-NJU's or OpenGVLab's, a hub
     id; or a run's folder, of which the latest is taken."""
     ema: bool = False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ._arguments import parse, peek_option, shown_of_model, take_option
 
+# What a run reads, writes and draws with.
+_NEEDED = ("av", "matplotlib", "PIL", "safetensors", "tensorboard", "tqdm")
 # The recipe of a run that names neither a model nor a config.
 DEFAULT_RECIPE = "tiny"
 
@@ -41,7 +44,7 @@ def run(args: list[str]) -> int:
     base = PretrainConfig() if source is None else load_config(source)
     if implied:
         base = load_config(DEFAULT_RECIPE)
-        if not flags & {"-h", "--help", "--help-all"}:
+        if not flags & {"-h", "--help", "--help-all", "--resume"}:
             print(f"no --model, --config or --init: taking the recipe {DEFAULT_RECIPE!r}")
         if "--data" in flags:
             # What suits 256 small files made for it does not suit any folder.
@@ -74,6 +77,9 @@ def run(args: list[str]) -> int:
         for name in ("data", "data_root"):
             if getattr(part, name) is not None:
                 setattr(part, name, str(Path(getattr(part, name)).expanduser().absolute()))
+    for package in _NEEDED:
+        # What is missing is said now, not when a run of days wants to write something.
+        import_module(package)
     result = pretrain(config)
     return _report(config, result)
 

@@ -70,8 +70,10 @@ class ModelSettings:
             if init is None:
                 return VideoMAE(self.model or "base", **self.overrides())
             model = VideoMAE.from_pretrained(init, **self.overrides())
-        except CheckpointError:
-            raise
+        except CheckpointError as error:
+            if str(init) in str(error):
+                raise
+            raise CheckpointError(f"--init {init}: {error}") from error
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.model is not None:
@@ -83,7 +85,10 @@ class ModelSettings:
                         f"{self.model} has {getattr(asked, name)}; leave --model out"
                     )
         if model.decoder is None:
-            raise ConfigError(f"{init} has no decoder: it cannot be pretrained further")
+            raise ConfigError(
+                f"--init {init} has no decoder: it cannot be pretrained further; give a "
+                "checkpoint of pretraining (vmae-fast inspect says what one is)"
+            )
         return model
 
 

@@ -96,7 +96,15 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name}: {error}") from error
+        raise ConfigError(
+            f"--device {name}: torch knows no such device; auto, cuda, cuda:1, mps and cpu are some"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+        raise ConfigError(
+            f"--device {name}: torch {torch.__version__} sees no GPU here (vmae-fast env says "
+            "why); --device cpu does without"
+        )
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.index is not None and count and device.index >= count:
+        raise ConfigError(f"--device {name}: the last of {count} GPUs is cuda:{count - 1}")
     return device

@@ -36,21 +36,25 @@ def load_config(source: str | Path) -> PretrainConfig:
     path = Path(source)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise ConfigError(f"no config file at {path}")
+            raise ConfigError(f"no config file at {path}; {_recipes()}")
         text, name = path.read_text(), str(path)
     else:
         recipes = {Path(f.name).stem: f for f in _recipe_files()}
         if str(source) not in recipes:
-            raise ConfigError(
-                f"no config file or recipe {str(source)!r}; recipes are "
-                f"{', '.join(sorted(recipes))}"
-            )
+            near = difflib.get_close_matches(str(source), recipes, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"no config file or recipe {str(source)!r}{hint}; {_recipes()}")
         text, name = recipes[str(source)].read_text(), f"recipe {source}"
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name} is not TOML: {error}") from error
     return _from_tables(tables, name)
+
+
+def _recipes() -> str:
+    names = sorted(Path(f.name).stem for f in _recipe_files())
+    return f"recipes are {', '.join(names)}"
 
 
 def _recipe_files() -> list[Any]:

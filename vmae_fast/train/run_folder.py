@@ -11,6 +11,7 @@ RUN/checkpoints/step-N/      model.safetensors, config.json, trainer.pt (ema/ wh
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -53,15 +54,21 @@ class RunFolder:
         """
         run = cls(path)
         if path.exists() and not path.is_dir():
-            raise ConfigError(f"--out {path} is a file")
+            raise ConfigError(f"--out {path} is a file; name a folder")
         held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
         if resume:
             if run.latest() is None:
                 raise ConfigError(
                     f"--resume: {path} holds no complete checkpoint; start anew with --overwrite"
+                    if held
+                    else f"--resume: no run at {path}; name the folder of one by --out, or leave "
+                    "--resume out to start one there"
                 )
         elif held and "config.toml" not in held:
-            raise ConfigError(f"--out {path} holds files that are no run's: {held[:5]}")
+            raise ConfigError(
+                f"--out {path} holds files that are no run's ({', '.join(held[:5])}); name a new "
+                "folder, or one that is empty"
+            )
         elif held and not overwrite:
             raise ConfigError(
                 f"--out {path} holds a run already; --resume goes on with it, --overwrite "
@@ -69,7 +76,15 @@ class RunFolder:
             )
         elif held:
             shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--out {path} cannot be made ({error.strerror}); name a folder that you may "
+                "write to"
+            ) from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError(f"--out {path} may not be written to; name another folder")
         # What a process killed while saving left half written.
         for leftover in run.checkpoints.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)

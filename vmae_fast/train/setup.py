@@ -94,9 +94,15 @@ class Setup:
             else:
                 self.folder.save_at(path, *parts)
         except OSError as error:
+            before = self.folder.latest()
             raise RunError(
-                f"the checkpoint of step {step} could not be written: {error}. Those before it "
-                "are whole; make room and go on with --resume"
+                f"the checkpoint of step {step} could not be written: {error}. "
+                + (
+                    "There is none before it; make room, and start again with --overwrite"
+                    if before is None
+                    else f"Those before it are whole; make room and go on with: vmae-fast pretrain "
+                    f"--out {self.folder.path} --resume"
+                )
             ) from error
 
     def describe(self) -> str:
