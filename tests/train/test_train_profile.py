@@ -34,7 +34,7 @@ def test_steady_steps_are_recorded(first, total, steps):
 
 def test_pretrain_profile_from_the_command_line(videos, tmp_path, capsys, monkeypatch):
     """Ten steps, of which the seventh to the ninth are recorded, beside the same run without."""
-    monkeypatch.setattr(cli, "_pictures", lambda *_: [])
+    monkeypatch.setattr("vmae_fast.commands.pretrain._pictures", lambda *_: [])
     out = tmp_path / "run"
     arguments = [
         "pretrain", "--data", str(videos), "--model", "tiny", "--frames", "4", "--image-size", "32",
