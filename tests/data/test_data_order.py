@@ -160,6 +160,12 @@ def test_repeats_of_each_file_make_batches_of_one_size():
     assert cut
 
 
+def test_repeats_do_not_change_the_order_of_files():
+    plain = ClipSampler(9, clips_per_step=9, seed=1, total_steps=1)
+    mixed = ClipSampler(9, clips_per_step=18, seed=1, total_steps=1, repeats=[3, 1, 2] * 3)
+    assert [r.index for r in next(iter(mixed))] == [r.index for r in next(iter(plain))]
+
+
 def test_weights_are_times_an_epoch():
     weights = [1, 2, 0.5, 0.5, 0.5, 0.5]
     sampler = ClipSampler(6, clips_per_step=5, seed=3, total_steps=24, weights=weights)

@@ -232,8 +232,20 @@ def test_two_numbers_are_told_apart_by_what_is_on_disk(tmp_path):
     # Nothing on disk: totals of 0 and 1 are no videos.
     listing.write_text("x1 1 5\nx2 0 3\n")
     assert list_videos(listing)[0] == VideoFile(f"{tmp_path}/x1", None, 1, 5)
-    listing.write_text("x1 90 5\nx2 1 3\n")
-    assert list_videos(listing)[0] == VideoFile(f"{tmp_path}/x1", "5", None, 90)
+    listing.write_text("x1 90 5\nx2 1 3\nx3.mp4 40 2\n")
+    assert list_videos(listing) == [
+        VideoFile(f"{tmp_path}/x1", "5", None, 90),
+        VideoFile(f"{tmp_path}/x2", "3", None, 1),
+        VideoFile(f"{tmp_path}/x3.mp4", "2"),  # a video file's total is its own
+    ]
+    # A total of -1 is V2's, whatever the start says; of 0 it says as little.
+    listing.write_text("x1.mp4 90 -1\nx2 70 30\n")
+    assert list_videos(listing) == [
+        VideoFile(f"{tmp_path}/x1.mp4"),
+        VideoFile(f"{tmp_path}/x2", None, 70, 30),
+    ]
+    listing.write_text("x1.mp4 0 0 3\n")
+    assert list_videos(listing) == [VideoFile(f"{tmp_path}/x1.mp4", "3")]
 
 
 def test_tabs_headers_and_paths_that_end_in_a_number(tmp_path):
