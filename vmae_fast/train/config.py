@@ -71,9 +71,11 @@ class ModelSettings:
                 return VideoMAE(self.model or "base", **self.overrides())
             model = VideoMAE.from_pretrained(init, **self.overrides())
         except CheckpointError as error:
-            if str(init) in str(error):
+            if str(error).startswith(str(init)) or f"at {init}" in str(error):
                 raise
-            raise CheckpointError(f"--init {init}: {error}") from error
+            raise CheckpointError(
+                f"--init {init}: {error} (vmae-fast inspect says what a checkpoint is)"
+            ) from error
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.model is not None:
