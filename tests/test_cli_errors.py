@@ -93,7 +93,7 @@ MISTAKES = [
     (["pretrain", *TINY, "--batch-size", "6", "--repeats", "4"], ["not a multiple of repeats"]),
     (["pretrain", *TINY, "--device", "gpu"], ["torch knows no such device", "cuda"]),
     (["pretrain", "--data", "videos", "--init", "nowhere"], ["give a checkpoint's folder"]),
-    (["pretrain", "--data", "videos", "--init", "bert"], ["--init bert: ", "of a 'bert'", "inspect"]),
+    (["pretrain", "--data", "videos", "--init", "bert"], ["--init bert: ", "'bert'", "inspect"]),
     (["pretrain", "--data", "videos", "--init", "weightless"], ["is it a checkpoint folder?"]),
     (["pretrain", "--data", "videos", "--init", "text.pth"], ["text.pth", "a text file"]),
     (["pretrain", "--data", "videos", "--init", "list.pth"], ["list.pth holds a list"]),
