@@ -1,7 +1,9 @@
 """Memory that runs out: what the command line says, and whether what it names would fit."""
 
+import multiprocessing
 import re
 import shlex
+import time
 
 import pytest
 import torch
@@ -249,6 +251,22 @@ def test_before_the_first_step(run, monkeypatch):
     monkeypatch.setattr("vmae_fast.models.VideoMAE.to", move)
     line = last_line(run(*TINY)[1])
     assert "out of memory on cpu before the first step: take a smaller --model" in line
+
+
+def test_a_decoding_process_that_is_killed(run, monkeypatch):
+    """As the kernel does where the machine's memory runs out."""
+
+    def step(self, *args, **kwargs):
+        for child in multiprocessing.active_children():
+            child.kill()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(TrainStep, "forward_backward", step)
+    status, text = run(*TINY, "--workers", "2", "--steps", "50", "--out", "x")
+    assert status == 1
+    line = last_line(text)
+    assert "a process that decodes for cpu died" in line
+    assert "start again with --workers 1 --overwrite" in line
 
 
 def test_other_errors_stay_what_they_are(run, monkeypatch):

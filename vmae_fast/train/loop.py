@@ -163,8 +163,9 @@ class Pretraining:
             # to agree.
             if self.ranks.world_size == 1:
                 self._read(everything=True)
-            if is_out_of_memory(error):
-                raise RunError(explain(self.setup, error)) from error
+            reason = explain(self.setup, error)
+            if reason is not None:
+                raise RunError(reason) from error
             raise
         finally:
             self.metrics.close()
@@ -315,7 +316,7 @@ class Pretraining:
             **report.pace,
         }
         step = report.step + 1
-        epoch = step * self.schedule.files_per_step / len(self.setup.inputs.train)
+        epoch = step * self.schedule.files_per_step / self.schedule.files_per_epoch
         bad = len(self.setup.bad_files.reasons)
         self.metrics.write(step, {**shown, "epoch": round(epoch, 4), "bad_files": bad})
         self.metrics.step({**shown, **({"bad_files": bad} if bad else {})})

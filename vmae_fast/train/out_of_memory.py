@@ -21,6 +21,8 @@ from .setup import Setup
 # What torch, its allocators and CUDA's libraries say, where the type of the error does not.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
+# What torch says of a loader's process that was killed.
+_WORKER = "DataLoader worker"
 # Less than this share of the memory, taken by others, is not worth words.
 _NOTICED = 0.05
 
@@ -46,13 +48,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def explain(setup: Setup, error: BaseException) -> str:
-    """What happened, what is kept, and what to do next.
+def explain(setup: Setup, error: BaseException) -> str | None:
+    """What happened, what is kept, and what to do next; None where memory was not the reason.
 
     Args:
         setup: of the run that ended.
         error: what ended it.
     """
+    if is_out_of_memory(error):
+        return _of_device(setup, error)
+    if any(_WORKER in str(one) for one in _chain(error)):
+        return (
+            f"a process that decodes for {setup.ranks.device} died ({error}): most often the "
+            "machine's memory ran out, or a container's shared memory. Take fewer --workers, or "
+            "none (--workers 0), or start the container with a larger --shm-size. "
+            + _kept(setup, f"--workers {setup.inputs.workers // 2}")
+        )
+    return None
+
+
+def _of_device(setup: Setup, error: BaseException) -> str:
     device, schedule = setup.ranks.device, setup.schedule
     lines = [
         f"out of memory on {device}: {schedule.micro_batch} clips at a time do not fit"
