@@ -7,6 +7,7 @@ from crashing import CrashingDecoder
 
 from vmae_fast.data import ClipDataset, VideoFile
 from vmae_fast.data.check import CheckedFile, Report, check_files
+from vmae_fast.data.probe import probe
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,15 @@ def test_loading_and_waiting_by_hand():
     nothing = Report([CheckedFile("a", None, None, "bad")], 1, 1.0)
     assert nothing.clip_s is nothing.clips_per_s(2) is nothing.waiting(1, 1, 1) is None
     assert nothing.summary()["seconds"] is None
+
+
+def test_bad_files_are_not_counted_in(folder):
+    good, bad = (probe(str(folder / name)) for name in ("0.mp4", "5.mp4"))
+    files = [CheckedFile("0.mp4", good, 0.1, ""), CheckedFile("5.mp4", bad, None, "no frame")]
+    found = Report(files, 1, 1.0).summary()
+    assert found["seconds"] == pytest.approx({"least": 1, "median": 1, "most": 1})
+    assert found["codec"] == {"h264": 1}
+    assert [row["reason"] for row in Report(files, 1, 1.0).rows()] == ["", "no frame"]
 
 
 def test_wrong_number_of_workers(folder):

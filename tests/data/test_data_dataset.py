@@ -15,12 +15,14 @@ from vmae_fast.data import (
     DataError,
     DecodeError,
     PathDecoder,
+    Sampling,
     VideoFile,
     clip_indices,
     collate_clips,
     list_videos,
     make_loader,
 )
+from vmae_fast.data.rng import START, host_rng
 
 
 class ArrayDecoder:
@@ -219,6 +221,52 @@ def test_a_crop_does_not_write_into_the_cache():
     kept = first.clone()
     first.zero_()
     assert torch.equal(dataset[ClipRequest(0, 0)].crops[0], kept)
+
+
+def test_what_an_entry_says_of_itself_reaches_the_decoder():
+    by_time = Sampling(stride=5, fps=2.0, repeats=3)
+    files = [
+        VideoFile("a:90", first=10, count=40, part=(1, 4), sampling=Sampling(stride=7)),
+        VideoFile("b:90", sampling=by_time),
+        VideoFile("c:90"),
+    ]
+    for cache in (False, True):
+        decoder = ArrayDecoder()
+        dataset = ClipDataset(
+            files, frames=2, stride=3, image_size=(8, 8), repeats=2, cache=cache, decoder=decoder
+        )
+        items = [dataset[ClipRequest(4, index)] for index in range(3)]
+        assert [len(item.crops) for item in items] == [1, 3, 2]
+        # Parts of files, and clips by time, are never cut out of what is cached.
+        assert len(decoder.asked) == (2 if cache else 3)
+        one, two = decoder.asked[:2]
+        assert one[:2] == (2, 7)
+        assert one[3] == {"fps": None, "first": 10, "count": 40}
+        assert two[3] == {"fps": 2.0, "first": None, "count": None}
+        u = host_rng(0, stream=START, epoch=4, clip=0).random()
+        assert one[2] == pytest.approx((1 + u) / 4)
+
+
+def test_a_part_of_the_repeats_may_be_asked_for():
+    dataset = ClipDataset(
+        files_of("a:9"), frames=2, stride=1, image_size=(8, 8), repeats=4, decoder=ArrayDecoder()
+    )
+    whole = dataset[ClipRequest(2, 0)]
+    part = collate_clips([dataset[ClipRequest(2, 0, first=1, repeats=2)]])
+    assert part.repeat.tolist() == [1, 2]
+    for number, crop in enumerate(whole.crops[1:3]):
+        assert torch.equal(part.video[number].permute(1, 2, 3, 0), crop)
+    rest = dataset[ClipRequest(2, 0, first=3)]
+    assert (rest.first, len(rest.crops)) == (3, 1)
+
+
+def test_parts_of_a_bad_file_are_not_its_replacements():
+    files = [VideoFile("bad", part=(k, 30)) for k in range(30)] + files_of("a:9")
+    dataset = ClipDataset(files, frames=2, stride=1, image_size=(8, 8), decoder=ArrayDecoder())
+    for epoch in range(5):
+        item = dataset[ClipRequest(epoch, 3)]
+        assert item.path == "a:9"
+        assert len(item.bad) == 1
 
 
 @pytest.mark.parametrize("train", [True, False])

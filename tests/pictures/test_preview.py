@@ -138,6 +138,26 @@ def test_the_clips_are_those_of_the_training_step(videos, tmp_path, monkeypatch)
     assert ", repeat 2" in clips[1].title
 
 
+def test_flags_reach_the_clips(videos, monkeypatch):
+    shown = []
+
+    def keep(path, clips, mask, config, header):
+        shown.append(clips)
+        return path
+
+    monkeypatch.setattr("vmae_fast.pictures.save_preview", keep)
+    arguments = ["preview", str(videos), *SMALL, "--clips", "8"]
+    for more in ([], ["--flip"], ["--seed", "5"], ["--batch-size", "3", "--step", "1"]):
+        assert cli.main([*arguments, *more]) == 0
+    plain, flipped, seeded, later = shown
+    mirrored = [torch.equal(a.video.flip(2), b.video) for a, b in zip(plain, flipped, strict=True)]
+    same = [torch.equal(a.video, b.video) for a, b in zip(plain, flipped, strict=True)]
+    assert any(mirrored)
+    assert all(m or s for m, s in zip(mirrored, same, strict=True))
+    assert [clip.title for clip in seeded] != [clip.title for clip in plain]
+    assert [clip.title for clip in later[:4]] == [clip.title for clip in plain[3:7]]
+
+
 def test_preview_from_the_command_line(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (videos / "left/broken.mp4").write_text("no video")
