@@ -130,11 +130,11 @@ def test_of_files_with_repeats_whole_ones_are_named(run, monkeypatch):
     assert "--micro-batch 20 fits" in line
 
 
-def test_what_others_hold_is_said(run, monkeypatch):
+def test_what_others_leave_is_said(run, monkeypatch):
     fail(monkeypatch, out_of_cuda)
     pretend(monkeypatch, 3 * GIB, total=24 * GIB)
     line = last_line(run(*RUN)[1])
-    assert "It has 24.0 GiB, 21.0 GiB of it taken by others." in line
+    assert "It has 24.0 GiB, of which this process can have 3.0 GiB." in line
 
 
 def test_checkpointing_where_no_batch_fits(run, monkeypatch):

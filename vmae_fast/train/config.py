@@ -161,7 +161,7 @@ class OptimSettings:
     """How it is trained. The defaults are V1's."""
 
     batch_size: int = 256
-    """Clips of an optimiser step, over all GPUs and repeats."""
+    """Clips of a step, over all GPUs and repeats."""
     micro_batch: int | None = None
     """Clips at a time on each GPU; gradients accumulate up to the batch. None: at most 32."""
     epochs: float = 800

@@ -23,7 +23,7 @@ _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_
 _TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
 # What torch says of a loader's process that was killed.
 _WORKER = "DataLoader worker"
-# Less than this share of the memory, taken by others, is not worth words.
+# Less than this share of the memory, taken by others or forbidden, is not worth words.
 _NOTICED = 0.05
 
 
@@ -167,9 +167,9 @@ def _possible(setup: Setup) -> list[int]:
 
 
 def _amount(memory: Memory) -> str:
-    others = memory.total - memory.available
-    taken = f", {_gib(others)} of it taken by others" if others > _NOTICED * memory.total else ""
-    return f"It has {_gib(memory.total)}{taken}"
+    noticed = memory.total - memory.available > _NOTICED * memory.total
+    mine = f", of which this process can have {_gib(memory.available)}" if noticed else ""
+    return f"It has {_gib(memory.total)}{mine}"
 
 
 def _asked_for(error: BaseException) -> str:
