@@ -16,20 +16,12 @@ from .dataset import (
     make_loader,
 )
 from .decode import PathDecoder, PyAVDecoder
+from .listing import VIDEO_SUFFIXES, DataError, Listing, Sampling, VideoFile
 from .order import ClipRequest, ClipSampler, EpochOrder
 from .parts import clips_by_duration, parts_of
 from .rng import host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
-from .sources import (
-    VIDEO_SUFFIXES,
-    DataError,
-    Listing,
-    Sampling,
-    VideoFile,
-    list_videos,
-    read_source,
-    split_validation,
-)
+from .sources import list_videos, read_source, split_validation
 from .synthetic import MOTIONS, render_motion, synthetic_videos
 
 __all__ = [

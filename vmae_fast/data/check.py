@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from .clip import DecodeError
 from .dataset import ClipDataset
+from .listing import VideoFile
 from .order import ClipRequest
 from .probe import VideoInfo, probe
-from .sources import VideoFile
 
 # Files that a process gets at a time: few enough that a crash costs little.
 _AT_A_TIME: Final = 4

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import center_crop_box, crop_resize, multi_scale_crop_box
 from .clip import Clip, DecodeError, Decoder
 from .decode import PathDecoder
+from .listing import DataError, Sampling, VideoFile
 from .order import ClipRequest, ClipSampler
 from .rng import CROP, REPLACE, START, host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
-from .sources import DataError, Sampling, VideoFile
 
 # Channels that clips can have: grey, RGB, RGBA.
 CHANNELS: Final = (1, 3, 4)
@@ -200,9 +200,10 @@ class ClipDataset(Dataset[ClipItem]):
                 item.bad = bad
                 return item
         listing = "\n".join(f"  {file.path}: {file.reason}" for file in bad)
+        several = f"{len(bad)} files in a row" if len(bad) > 1 else "1 file"
         raise DataError(
-            f"{len(bad)} files in a row could not be read; check that they are videos, or take "
-            f"them out of the list:\n{listing}"
+            f"{several} could not be read; vmae-fast check says which can. Where they are not "
+            f"found, --data-root says where relative paths of a list start:\n{listing}"
         )
 
     def read(self, request: ClipRequest) -> ClipItem:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .sources import VIDEO_SUFFIXES, DataError, Listing, VideoFile
+from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from .folders import PICTURE_SUFFIXES, is_frame_folder
-from .sources import VIDEO_SUFFIXES, DataError, Listing, VideoFile
+from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile
 
 _PATH_HEADERS: Final = ("path", "video", "video_path", "file", "file_name", "filename", "filepath")
 _LABEL_HEADERS: Final = ("label", "class", "category", "target")

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Final
 
 from .clip import DecodeError
+from .listing import VideoFile
 from .probe import probe
-from .sources import VideoFile
 
 # A clip for as long a stretch of video as a clip of Kinetics is.
 SECONDS_PER_CLIP: Final = 10.0

@@ -2,72 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
+from .folders import list_folder
+from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile
+from .lists import read_list
 from .rng import SPLIT, host_rng
-
-VIDEO_SUFFIXES: Final = (
-    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
-    *(".wmv", ".flv", ".3gp", ".ogv", ".vob", ".gif"),
-)
-
-
-class DataError(ValueError):
-    """A data set that the user named cannot be used; the message says what to do next."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How clips are taken from a file.
-
-    Attributes:
-        stride: source frames from one frame of the clip to the next.
-        fps: frames of the clip a second of the video, in place of the stride; None goes by stride.
-        repeats: crops and masks of each decoded clip.
-        weight: how often the file counts in an epoch: 2 is twice, 0.5 every second epoch.
-    """
-
-    stride: int = 4
-    fps: float | None = None
-    repeats: int = 1
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class VideoFile:
-    """One entry of a data set: a video file or a folder of frames, or a part of one.
-
-    Attributes:
-        path: where it is, as it can be opened from the current folder.
-        label: its class, where the list or the folders gave one. Training does not read it.
-        first: of a folder of frames the number in the name of the first one used, of a video file
-            the first frame used; None starts at the beginning.
-        count: frames used from there; None goes to the end.
-        part: ``(k, n)``: this entry's clips start in the k-th of n equal parts of all starts.
-        sampling: how its clips are taken; None leaves it to the data set.
-    """
-
-    path: str
-    label: str | None = None
-    first: int | None = None
-    count: int | None = None
-    part: tuple[int, int] = (0, 1)
-    sampling: Sampling | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What was found, and how it was read.
-
-    Attributes:
-        files: the videos.
-        how: a line for the log: what was recognised, where labels come from, what was left out.
-    """
-
-    files: list[VideoFile]
-    how: str
 
 
 def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
@@ -99,9 +39,6 @@ def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
         DataError: there is no such file or folder, it holds no video, or a line of the list
             cannot be understood.
     """
-    from .folders import list_folder
-    from .lists import read_list
-
     path = Path(data).expanduser()
     if root is not None and not Path(root).expanduser().is_dir():
         raise DataError(f"data root {str(root)!r} is not a folder; it is where lists' paths start")

@@ -51,7 +51,7 @@ class Masking:
         if not 0 < hidden < places:
             raise ValueError(
                 f"mask ratio {self.ratio} hides {hidden} of {places} {called}; at least one "
-                "must stay visible and at least one be hidden"
+                "must stay visible and at least one be hidden: a share such as 0.9"
             )
         if self.decoder_kind not in DECODER_KINDS:
             raise ValueError(

@@ -53,7 +53,10 @@ def from_huggingface(
         CheckpointError: a setting this package has no counterpart for.
     """
     if config.get("model_type") != "videomae":
-        raise CheckpointError(f"config.json is of a {config.get('model_type')!r}, not a videomae")
+        raise CheckpointError(
+            f"config.json is of a {config.get('model_type')!r}, not a videomae; name a checkpoint "
+            "of a VideoMAE"
+        )
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported, only 'gelu'")
     ours = {_from_hf_name(name): tensor for name, tensor in state.items()}

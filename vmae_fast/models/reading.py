@@ -77,12 +77,18 @@ def read_checkpoint(
     if unknown:
         raise TypeError(f"unknown model settings {unknown}; known are {sorted(known)}")
     found = files.locate(path)
-    if found.is_dir():
-        checkpoint = _read_folder(found, shapes_only)
-        config = checkpoint.config
-    else:
-        checkpoint, hints = _read_pth(found, shapes_only)
-        config = _infer(checkpoint, hints, overrides, interpolate_positions)
+    try:
+        if found.is_dir():
+            checkpoint = _read_folder(found, shapes_only)
+            config = checkpoint.config
+        else:
+            checkpoint, hints = _read_pth(found, shapes_only)
+            config = _infer(checkpoint, hints, overrides, interpolate_positions)
+    except CheckpointError as error:
+        # What the parts of a checkpoint say of themselves does not tell whose they are.
+        if str(found) in str(error):
+            raise
+        raise type(error)(f"{found}: {error}") from error
     # Only what the file says or shows can contradict the caller; the rest is his to say.
     checkpoint.config = _with_overrides(checkpoint, config, dict(overrides), interpolate_positions)
     return checkpoint
@@ -92,7 +98,10 @@ def _read_folder(folder: Path, shapes_only: bool) -> Checkpoint:
     settings = files.read_json(folder / "config.json")
     weights = files.weight_files(folder)
     if not weights:
-        raise CheckpointError(f"{folder} holds no model.safetensors or pytorch_model.bin")
+        raise CheckpointError(
+            f"{folder} holds no model.safetensors or pytorch_model.bin: name a folder that "
+            "save_pretrained wrote, a run folder, or a .pth file"
+        )
     named: State = {}
     for file in weights:
         named |= files.read_tensors(file, shapes_only=shapes_only)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from vmae_fast._files import atomic_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,3 +85,18 @@ def label_left(label: str, panels: Sequence[Image]) -> Image:
         row.paste(panel, (left, 0))
         left += panel.width + gap
     return row
+
+
+def save_stacked(path: Path, rows: Sequence[Image]) -> Path:
+    """Write rows, one below the other, as a PNG."""
+    from PIL import Image
+
+    size = (max(row.width for row in rows), sum(row.height for row in rows))
+    sheet = Image.new("RGB", size, "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    return path

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vmae_fast._files import atomic_file
 from vmae_fast.masking import Mask
 from vmae_fast.models import VideoMAEConfig
 
-from .draw import LABEL_MARGIN, as_rgb, caption, label_left, panel
+from .draw import LABEL_MARGIN, as_rgb, caption, label_left, panel, save_stacked
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,12 +73,10 @@ def save_preview(
         config: of the model, for its grid and tubelets.
         header: lines above everything.
     """
-    from PIL import Image
-
     sees, decodes = token_states(mask)
     step = math.ceil(config.frames / _MOST_COLUMNS)
     shown = range(0, config.frames, step)
-    rows = []
+    rows: list[Image] = []
     for clip, visible, state in zip(clips, sees, decodes, strict=True):
         video = as_rgb(clip.video)
         pictures = {
@@ -94,16 +91,7 @@ def save_preview(
         rows += strips
         rows.append(_times(strips[0].width, [clip.times_s[t] for t in shown], len(shown)))
     rows.insert(0, caption(max(row.width for row in rows), header))
-    sheet = Image.new(
-        "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
-    )
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return path
+    return save_stacked(path, rows)
 
 
 def _paint(video: Tensor, config: VideoMAEConfig, kept: Tensor, tinted: Tensor | None) -> Tensor:

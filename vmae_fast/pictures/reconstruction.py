@@ -16,7 +16,7 @@ from vmae_fast._files import atomic_file
 from vmae_fast.masking import Masking, clip_keys
 from vmae_fast.models import VideoMAE
 
-from .draw import as_rgb, caption, label_left, panel, strip
+from .draw import as_rgb, caption, label_left, panel, save_stacked, strip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,8 +103,6 @@ def reconstruct(model: VideoMAE, video: Tensor, *, seed: int = 0) -> Reconstruct
 
 def save_contact_sheet(path: Path, pictures: Sequence[Reconstruction]) -> Path:
     """Write frames of original, masked and reconstructed clips as one PNG, a row each."""
-    from PIL import Image
-
     rows = []
     for picture in pictures:
         count = len(picture.original)
@@ -114,14 +112,7 @@ def save_contact_sheet(path: Path, pictures: Sequence[Reconstruction]) -> Path:
             rows.append(label_left(name, [panel(frame) for frame in shown]))
         figure = f"loss {picture.loss:.3f}, predicting zeros {picture.zero_prediction:.3f}"
         rows.append(caption(rows[-1].width, f"{figure}. {picture.note}".strip()))
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)))
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    return path
+    return save_stacked(path, rows)
 
 
 def save_video(path: Path, picture: Reconstruction, *, fps: float) -> Path:
