@@ -190,7 +190,7 @@ def test_an_existing_run_is_refused(config, tmp_path):
 
 def test_resume_is_checked(config, tmp_path, videos):
     config.run.resume = True
-    with pytest.raises(ConfigError, match="no complete checkpoint"):
+    with pytest.raises(ConfigError, match="--resume: no run at"):
         pretrain(config)
     config.run.resume = False
     config.optim.steps = 4

@@ -1,7 +1,7 @@
 """The embedded data set: small videos of moving shapes, made once and kept in a cache folder.
 
 It lets everything be tried with no data at hand. They are real H.264 files, so that decoding,
-sampling and augmentation run as with any others. Each shows one to three shapes in one of eight
+sampling and augmentation run as with any others. Each shows one or two shapes in one of eight
 ``MOTIONS`` over a smooth, slowly drifting background; its folder is the name of the motion.
 """
 
@@ -29,7 +29,7 @@ MOTIONS: Final = (
 )
 
 # Part of the folder's name: raise it with any change to what the videos show.
-SYNTHETIC_VERSION: Final = 2
+SYNTHETIC_VERSION: Final = 3
 
 _RATE: Final = 24  # frames a second
 # Near lossless: the background's slopes are a level or two a pixel, and coding noise of that
@@ -105,7 +105,7 @@ def render_motion(
 ) -> npt.NDArray[np.uint8]:
     """Draw one video of ``motion``, one of ``MOTIONS``: uint8 RGB ``(frames, size, size, 3)``."""
     video = _background(rng, size, frames)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 3)):
         cover, light = _Shape.draw(motion, rng, size).render(motion, size, frames)
         colour = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.6, 1.0), 1.0), np.float32)
         video += cover[..., None] * (light[..., None] * (255 * colour) - video)
@@ -156,10 +156,10 @@ class _Shape:
     @staticmethod
     def draw(motion: str, rng: np.random.Generator, size: int) -> _Shape:
         kind = _SHAPES[rng.integers(len(_SHAPES))]
-        radius = rng.uniform(0.12, 0.2) * size
+        radius = rng.uniform(0.18, 0.28) * size
         striped = rng.random() < 0.5
         if motion in _DIRECTIONS:
-            speed = rng.uniform(0.8, 1.6) * size / 72
+            speed = rng.uniform(1.3, 2.6) * size / 72
         elif motion in ("clockwise", "counterclockwise"):
             speed = np.radians(rng.uniform(4, 8))
             radius *= 1.3
