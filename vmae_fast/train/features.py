@@ -28,6 +28,8 @@ from vmae_fast.data.rng import SPLIT, host_rng
 # 20 for k, of DINO (Caron et al., 2021). Not tuned to anything here.
 NEIGHBOURS: Final = 20
 TEMPERATURE: Final = 0.07
+# Of a small bank no more than this share votes: else the commonest class wins whatever the query.
+VOTING_SHARE: Final = 1 / 8
 # What a feature's variance over the bank is never divided by less than: BatchNorm's, as in the
 # linear probe of MAE (He et al., 2022), which standardises features the same way.
 _EPS: Final = 1e-6
@@ -239,6 +241,7 @@ def figures_of(
     def accuracy(bank_bX: Tensor, queries_qX: Tensor) -> float:
         predicted = knn_classes(
             bank_bX, classes[: len(voting)], queries_qX,
+            k=min(NEIGHBOURS, max(int(VOTING_SHARE * len(voting)), 1)),
             same_file=paths[len(voting) :, None] == paths[: len(voting)],
         )  # fmt: skip
         return (predicted == classes[len(voting) :]).float().mean().item()
