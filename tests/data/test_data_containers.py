@@ -1,5 +1,6 @@
 """Clips of files as they come: every one is made of the frames of a straight decode."""
 
+import socket
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -429,11 +430,16 @@ def test_cover_picture_is_not_a_video(tmp_path, clips):
 
 def test_a_playlist_fetches_nothing(tmp_path):
     path = tmp_path / "list.m3u8"
-    path.write_text(
-        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://192.0.2.1/a.ts\n#EXT-X-ENDLIST\n"
-    )
-    with pytest.raises(DecodeError):
-        PyAVDecoder().read_clip(str(path), 4, 2, 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        path.write_text(
+            "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n"
+            f"http://127.0.0.1:{server.getsockname()[1]}/a.ts\n#EXT-X-ENDLIST\n"
+        )
+        with pytest.raises(DecodeError):
+            PyAVDecoder().read_clip(str(path), 4, 2, 0.5)
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody has come
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "flv", "avi"])
