@@ -73,8 +73,8 @@ def test_the_lag_changes_no_row(config, tmp_path, monkeypatch):
         rows.append(rows_of(config.run.out))
     assert rows[1] == rows[0]
     figures = [(row["step"], "val_loss" in row) for row in rows[0]]
-    assert figures == [(2, False), (3, True), (4, False), (6, False), (6, True), (8, False),
-                       (8, True)]  # fmt: skip
+    assert figures == [(0, False), (2, False), (3, True), (4, False), (6, False), (6, True),
+                       (8, False), (8, True)]  # fmt: skip
 
 
 def test_a_loss_that_is_not_finite_stops_with_evidence(config, monkeypatch):
@@ -122,7 +122,8 @@ def test_a_bad_step_is_undone_though_later_ones_were_launched(config, monkeypatc
     for a, b in zip(good, kept, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert (evidence / "clips.txt").read_text().splitlines() == clips
-    assert rows_of(config.run.out) == rows_of(whole.path)[:5]
+    # Of the features before the first step, and of the five that count.
+    assert rows_of(config.run.out) == rows_of(whole.path)[: 1 + 5]
 
 
 def test_steps_before_a_failure_keep_their_rows(config, monkeypatch):
@@ -138,7 +139,7 @@ def test_steps_before_a_failure_keep_their_rows(config, monkeypatch):
     monkeypatch.setattr(Inputs, "train_batches", failing)
     with pytest.raises(DataError, match="no more"):
         pretrain(config)
-    assert [row["step"] for row in rows_of(config.run.out)] == [1, 2, 3]
+    assert [row["step"] for row in rows_of(config.run.out)] == [0, 1, 2, 3]
 
 
 def test_the_residual_stream_and_checkpointing_reach_the_model(config):
