@@ -307,6 +307,35 @@ NAMES = (
 )
 
 
+def test_features_are_looked_at_for_some_of_many_clips(config, monkeypatch):
+    """The loss is of all held-out clips, with or without features of some of them."""
+    from vmae_fast.train import evaluate as module
+
+    config.loading.val = 0.5
+    inputs, model = inputs_of(config, Ranks(0, 1, torch.device("cpu")))
+    counted = []
+
+    def found(most):
+        def figures(files, bank, held_out):
+            counted.append((len(bank), len(held_out)))
+            assert set(bank) <= set(inputs.train)
+            assert set(held_out) <= set(inputs.val)
+            return figures_of(files, bank, held_out)
+
+        monkeypatch.setattr(module, "bank_of", lambda indices: bank_of(indices, most))
+        monkeypatch.setattr(module, "figures_of", figures)
+        dataset = inputs.validation_dataset()
+        return [
+            evaluate(model, inputs, dataset, 3, nullcontext(), loss=loss) for loss in (True, False)
+        ]
+
+    (whole, _), (part, features_alone) = found(100), found(5)
+    assert counted == [(8, 8), (8, 8), (5, 5), (5, 5)]
+    assert whole.loss == part.loss
+    assert features_alone.loss is None
+    assert part.features.rank == pytest.approx(features_alone.features.rank, rel=1e-4)
+
+
 def test_a_run_writes_them(config):
     result = pretrain(config)
     rows = [row for row in read_metrics(result.path / "metrics.jsonl") if NAMES[0] in row]

@@ -69,23 +69,20 @@ def evaluate(
         loss: False leaves the loss out.
     """
     ranks = inputs.ranks
-    held_out = ClipFeatures(model, autocast)
-    bank = ClipFeatures(model, autocast)
-    requests = inputs.validation_requests()
+    asked, chosen = bank_of(inputs.val), bank_of(inputs.train)
+    held_out = ClipFeatures(model, autocast, asked)
+    bank = ClipFeatures(model, autocast, chosen)
     found: tuple[float | None, float | None] = (None, None)
     if loss and inputs.val:
         *both, bad = held_out_loss(
-            model, dataset, requests, micro_batch, ranks, autocast, each=held_out.add
-        )
+            model, dataset, inputs.validation_requests(), micro_batch, ranks, autocast,
+            each=held_out.add,
+        )  # fmt: skip
         found = (both[0], both[1])
     else:
-        bad = held_out.read(dataset, requests, micro_batch, ranks)
-    chosen = bank_of(inputs.train)
-    mine = [ClipRequest(0, index) for index in chosen[ranks.rank :: ranks.world_size]]
-    bad += bank.read(dataset, mine, micro_batch, ranks)
-    features = figures_of(
-        inputs.files, bank.gather(ranks, chosen), held_out.gather(ranks, inputs.val)
-    )
+        bad = held_out.read(dataset, asked, micro_batch, ranks)
+    bad += bank.read(dataset, chosen, micro_batch, ranks)
+    features = figures_of(inputs.files, bank.gather(ranks), held_out.gather(ranks))
     return Evaluation(*found, features, bad)
 
 
@@ -139,58 +136,57 @@ def held_out_loss(
 
 
 class ClipFeatures:
-    """Encodings of clips, collected batch by batch on each process.
+    """Features of clips, collected batch by batch on each process.
 
     Args:
         model: the encoder is its; put into eval mode for the while.
         autocast: context to compute in.
+        among: indices of the clips wanted; others are passed over. What stood in for an unreadable
+            file may be another: a held-out clip must not get into the bank.
     """
 
-    def __init__(self, model: VideoMAE, autocast: AbstractContextManager[None]) -> None:
-        self.model, self.autocast = model, autocast
+    def __init__(
+        self, model: VideoMAE, autocast: AbstractContextManager[None], among: Sequence[int]
+    ) -> None:
+        self.model, self.autocast, self.among = model, autocast, set(among)
         self._found: list[tuple[list[int], Tensor]] = []
 
     @torch.no_grad()
     def add(self, batch: ClipBatch) -> None:
         """Encode a batch that is on the device."""
+        clips = batch.clip.tolist()
+        kept = [place for place, clip in enumerate(clips) if clip in self.among]
+        if not kept:
+            return
+        video = batch.video if len(kept) == len(clips) else batch.video[kept]
         training = self.model.training
         self.model.eval()
         try:
             with self.autocast:
-                tokens_BND = self.model.encode(batch.video)
+                tokens_BND = self.model.encode(video)
         finally:
             self.model.train(training)
         rows = self.model.config.grid[0]
         rows_BtD = tokens_BND.float().unflatten(1, (rows, -1)).mean(dim=2)
-        self._found.append((batch.clip.tolist(), rows_BtD.cpu()))
+        self._found.append(([clips[place] for place in kept], rows_BtD.cpu()))
 
     def read(
-        self, dataset: ClipDataset, requests: list[ClipRequest], micro_batch: int, ranks: Ranks
+        self, dataset: ClipDataset, indices: Sequence[int], micro_batch: int, ranks: Ranks
     ) -> list[BadFile]:
-        """Encode clips; returns the files that could not be read."""
+        """Encode this process's part of some clips; returns the files that could not be read."""
         bad: list[BadFile] = []
-        for first in range(0, len(requests), micro_batch):
-            items = [dataset[request] for request in requests[first : first + micro_batch]]
+        mine = [ClipRequest(0, index) for index in indices[ranks.rank :: ranks.world_size]]
+        for first in range(0, len(mine), micro_batch):
+            items = [dataset[request] for request in mine[first : first + micro_batch]]
             batch = collate_clips(items).to(ranks.device)
             bad += batch.bad
             self.add(batch)
         return bad
 
-    def gather(self, ranks: Ranks, among: Sequence[int]) -> dict[int, Tensor]:
-        """Each clip's tokens averaged over space, over all processes, in order of index.
-
-        Args:
-            ranks: this process.
-            among: the indices wanted. What stood in for an unreadable file may be another: a
-                held-out clip must not get into the bank.
-
-        Returns:
-            ``(t, D)`` fp32 on the host by index, t rows of tubelets.
-        """
+    def gather(self, ranks: Ranks) -> dict[int, Tensor]:
+        """Each clip's feature ``(t, D)`` by index, over all processes, in order of index."""
         parts: list[Any] = ranks.gather(self._found)
-        wanted = set(among)
         found: dict[int, Tensor] = {}
         for clips, features in (piece for part in parts for piece in part):
-            pairs = zip(clips, features, strict=True)
-            found.update((clip, feature) for clip, feature in pairs if clip in wanted)
+            found.update(zip(clips, features, strict=True))
         return dict(sorted(found.items()))

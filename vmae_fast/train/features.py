@@ -33,8 +33,9 @@ VOTING_SHARE: Final = 1 / 8
 # What a feature's variance over the bank is never divided by less than: BatchNorm's, as in the
 # linear probe of MAE (He et al., 2022), which standardises features the same way.
 _EPS: Final = 1e-6
-# Training clips of the bank: enough for some neighbours of each of some hundred classes, and few
-# beside the thousands of steps from one validation to the next.
+# Training clips of the bank, and held-out clips compared with them, at most: enough for some
+# neighbours of each of some hundred classes, and few beside the thousands of steps from one
+# validation to the next.
 BANK: Final = 1024
 # Features have collapsed below either: fewer directions than two, or clips so near to each other
 # that their cosine similarity is above 0.9999 (spread as 1 is for features in all directions).
@@ -204,14 +205,14 @@ class FeatureFigures:
         return found | {name: value for name, value in votes.items() if value is not None}
 
 
-def bank_of(train: Sequence[int], most: int = BANK) -> list[int]:
-    """Training clips to compare held-out ones with: all, or ``most`` of them, drawn once for all.
+def bank_of(indices: Sequence[int], most: int = BANK) -> list[int]:
+    """Clips whose features are looked at: all, or ``most`` of them, drawn once for all.
 
     Drawn and not every so-many-th, which in a list that deals its classes in turn would be of one
     class.
     """
-    order = host_rng(0, stream=SPLIT, epoch=1).permutation(len(train))[:most]
-    return sorted(train[n] for n in order)
+    order = host_rng(0, stream=SPLIT, epoch=1).permutation(len(indices))[:most]
+    return sorted(indices[n] for n in order)
 
 
 def figures_of(
