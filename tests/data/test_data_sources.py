@@ -180,6 +180,10 @@ def test_folders_of_numbered_pictures_are_videos(tmp_path):
     (only,) = list_videos(tmp_path / "walk/v1")
     assert only == VideoFile(str(tmp_path / "walk/v1"))
     assert is_frame_folder(tmp_path / "walk/v1")
+    # One numbered picture is no video.
+    touch(tmp_path, "pictures/img_00001.jpg", "pictures/cover.jpg")
+    assert not is_frame_folder(tmp_path / "pictures")
+    assert len(list_videos(tmp_path)) == 3
     assert not is_frame_folder(tmp_path / "walk")
 
 
