@@ -112,8 +112,8 @@ def test_a_recorded_step_equals_one_op_by_op(device, kind, accumulate, bf16):
             video, keys = (tensor.to(device) for tensor in clips[0])
             held_out = step.model(video, step.model.masking(keys)).loss
         step.model.train()
-        step.average.swap(step.model)
-        step.average.swap(step.model)
+        with step.average.in_place(step.model):
+            pass
         figures += take_steps(step, clips[4:], first=4)
         found.append((torch.stack(figures), held_out.view(1), *state_of(step)))
     rtol = BF16_RTOL if bf16 else FP32_RTOL

@@ -163,8 +163,8 @@ def test_a_recorded_step_equals_one_op_by_op(kind, accumulate):
             ((video, keys),) = batches(50, 1)
             figures.append(step.model(video, step.model.masking(keys)).loss.view(1))
         step.model.train()
-        step.average.swap(step.model)
-        step.average.swap(step.model)
+        with step.average.in_place(step.model):
+            pass
         torch.set_rng_state(generator)
         figures.append(run(step, 2, 4))
         figures.append(step.zero_prediction().view(1))

@@ -37,7 +37,8 @@ def run(args: list[str]) -> int:
     source, rest = take_option(args, "--config")
     flags = {arg.split("=")[0].replace("_", "-") for arg in rest}
     held = Path(peek_option(rest, "--out") or "").expanduser() / "config.toml"
-    if source is None and "--resume" in flags and held.is_file():
+    resumes = bool(flags & {"--resume", "--auto-resume"})
+    if source is None and resumes and held.is_file():
         # A run goes on with the settings it was started with.
         source = str(held)
     implied = source is None and not flags & {"--model", "--init"}

@@ -18,6 +18,7 @@ from torch import Tensor
 from vmae_fast._files import atomic_file, write_errors
 
 from . import dialects, huggingface
+from .config import VideoMAEConfig
 from .dialects import CheckpointError, State
 from .licence import model_card
 from .reading import FORMAT, FORMAT_VERSION, read_checkpoint
@@ -102,8 +103,7 @@ def save_model(model: VideoMAE, path: str | Path, dialect: str) -> Path:
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     if dialect == "vmae-fast":
-        description = {"format": FORMAT, "version": FORMAT_VERSION, "model": config.to_dict()}
-        _write_folder(path, state, {"config.json": _json(description)})
+        _write_folder(path, state, {"config.json": settings_text(config)})
     elif dialect == "huggingface":
         theirs, settings, processor = huggingface.to_huggingface(state, config)
         texts = {"config.json": _json(settings), "preprocessor_config.json": _json(processor)}
@@ -116,6 +116,11 @@ def save_model(model: VideoMAE, path: str | Path, dialect: str) -> Path:
         with atomic_file(path) as temporary, write_errors(path):
             torch.save({"model": theirs, "args": args}, temporary)
     return path
+
+
+def settings_text(config: VideoMAEConfig) -> str:
+    """What ``config.json`` of our dialect holds."""
+    return _json({"format": FORMAT, "version": FORMAT_VERSION, "model": config.to_dict()})
 
 
 # ---- writing ------------------------------------------------------------------------------

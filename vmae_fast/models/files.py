@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .dialects import CheckpointError, State
+from .shards import shard_files
 
 # What safetensors files call the dtypes that weights have.
 _DTYPES = {
@@ -82,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
             if lost:
                 raise CheckpointError(f"{index} names files that are not there: {lost}")
             return [folder / part for part in names]
-    return []
+    return shard_files(folder)
 
 
 def _has_weights(folder: Path) -> bool:

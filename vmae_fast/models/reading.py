@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import dialects, files, huggingface, licence
+from . import dialects, files, huggingface, licence, shards
 from .config import VideoMAEConfig
 from .dialects import CheckpointError, State
 
@@ -103,8 +103,11 @@ def _read_folder(folder: Path, shapes_only: bool) -> Checkpoint:
             "save_pretrained wrote, a run folder, or a .pth file"
         )
     named: State = {}
-    for file in weights:
-        named |= files.read_tensors(file, shapes_only=shapes_only)
+    if weights == shards.shard_files(folder):
+        named = shards.read_all_shards(folder, shapes_only=shapes_only)
+    else:
+        for file in weights:
+            named |= files.read_tensors(file, shapes_only=shapes_only)
     labels: list[str] = []
     processor: dict[str, Any] = {}
     if settings.get("format") == FORMAT:

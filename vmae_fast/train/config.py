@@ -201,6 +201,8 @@ class RunSettings:
     """Run folder. None: runs/, by the time."""
     resume: bool = False
     """Go on with the run in --out."""
+    auto_resume: bool = False
+    """Go on with the run in --out where there is one, else start it: for jobs that restart."""
     overwrite: bool = False
     """Delete what is in --out and start anew."""
     init: str | None = None
@@ -215,6 +217,14 @@ class RunSettings:
     """What is computed again in the backward pass to save memory."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Record the step as CUDA graphs. auto does for one process on a CUDA device."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: ddp keeps all of the model in each, fsdp a part of its
+    weights, gradients and AdamW's state."""
+    timeout: float = 1800.0
+    """Seconds after which processes that wait for one that hangs give up."""
+    skip_nonfinite: int = 0
+    """Updates in a row that may be skipped for a loss or gradient that is not finite; one more ends
+    the run."""
     device: str = "auto"
     """auto takes a GPU where there is one; or cuda, cpu, mps, ..."""
     save_every: int = 1000
@@ -276,6 +286,7 @@ class PretrainConfig:
             ("log_every", run.log_every, 1),
             ("val_every", run.val_every, 1),
             ("keep", run.keep, 1),
+            ("skip_nonfinite", run.skip_nonfinite, 0),
         )
         for name, value, least in at_least:
             if value is not None and value < least:
@@ -292,10 +303,13 @@ class PretrainConfig:
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {share}")
         self._check_sources()
-        if run.resume and run.overwrite:
-            raise ConfigError("--resume goes on with a run, --overwrite deletes it: choose one")
-        if run.resume and run.out is None:
-            raise ConfigError("--resume needs --out, the folder of the run to go on with")
+        if not run.timeout > 0 or run.timeout == float("inf"):
+            raise ConfigError(f"timeout must be above 0 seconds, got {run.timeout}")
+        for flag, asked in (("--resume", run.resume), ("--auto-resume", run.auto_resume)):
+            if asked and run.overwrite:
+                raise ConfigError(f"{flag} goes on with a run, --overwrite deletes it: choose one")
+            if asked and run.out is None:
+                raise ConfigError(f"{flag} needs --out, the folder of the run to go on with")
 
     def _check_sources(self) -> None:
         for source in self.sources:

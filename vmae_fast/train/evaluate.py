@@ -17,6 +17,7 @@ from vmae_fast.models import VideoMAE
 from .distributed import Ranks
 from .features import FeatureFigures, bank_of, figures_of
 from .inputs import Inputs
+from .sharded import gathered
 
 # Masks of held-out clips hang on the file alone, never on the run's seed or epoch: the figures
 # of different runs on the same files can be compared.
@@ -68,6 +69,19 @@ def evaluate(
         autocast: context to compute in.
         loss: False leaves the loss out.
     """
+    # Processes may have different numbers of batches.
+    with gathered(model):
+        return _evaluate(model, inputs, dataset, micro_batch, autocast, loss)
+
+
+def _evaluate(
+    model: VideoMAE,
+    inputs: Inputs,
+    dataset: ClipDataset,
+    micro_batch: int,
+    autocast: AbstractContextManager[None],
+    loss: bool,
+) -> Evaluation:
     ranks = inputs.ranks
     asked, chosen = bank_of(inputs.val), bank_of(inputs.train)
     held_out = ClipFeatures(model, autocast, asked)

@@ -23,6 +23,7 @@ from .config import ConfigError, PretrainConfig
 from .distributed import Ranks
 from .evaluate import evaluate
 from .features import FeatureFigures
+from .graph import is_sharded
 from .inputs import RunError
 from .metrics import Metrics
 from .optimizer import learning_rate
@@ -118,7 +119,7 @@ class Pretraining:
         self.setup = setup = Setup(config, ranks)
         self.model, self.schedule = setup.model, setup.schedule
         trained = None
-        if ranks.world_size > 1:
+        if ranks.world_size > 1 and not is_sharded(self.model):
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             trained = DistributedDataParallel(self.model, device_ids=ids)
         self.train_step = TrainStep(
@@ -341,17 +342,15 @@ class Pretraining:
             self.metrics.say(f"step {step}: {found.features.warning()}")
 
     def _save(self, step: int) -> None:
-        if self.ranks.is_main:
-            self.setup.save(step)
-        self.ranks.barrier()
+        self.setup.save(step)
         self.saved = step
 
     def _stop_nonfinite(self, step: int, loss: float, norm: float, paths: list[str]) -> NoReturn:
         """Save the weights from before the update and what went in; then end the run."""
         folder = self.setup.folder.path / f"nonfinite-step-{step:08d}"
         everyone: list[Any] = self.ranks.gather(paths)
+        self.setup.save(step, folder)
         if self.ranks.is_main:
-            self.setup.save(step, folder)
             listing = "".join(f"{path}\n" for part in everyone for path in part)
             (folder / "clips.txt").write_text(listing)
         self.ranks.barrier()

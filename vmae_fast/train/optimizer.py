@@ -1,7 +1,8 @@
 """AdamW with VideoMAE's parameter groups, its learning rate schedule, and averaged weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,14 +61,33 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     own = [{name: group[name] for name in names} for group in optimizer.param_groups]
     saved = state["param_groups"]
     groups = [{**group, **ours} for group, ours in zip(saved, own, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {
+        place: {name: placed_as(parameters[place], value) for name, value in values.items()}
+        for place, values in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
     for group, ours in zip(optimizer.param_groups, own, strict=True):
         group["lr"] = ours["lr"]
 
 
+def placed_as(parameter: Any, value: Any) -> Any:
+    """What is as large as a parameter sharded as it is; anything else as it came."""
+    if not hasattr(parameter, "placements") or not isinstance(value, Tensor):
+        return value
+    if hasattr(value, "placements") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each process has the whole of it, and takes its part.
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """Global 2-norm of the gradients, as a scalar on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Global 2-norm of the gradients, as a scalar on their device; of sharded ones, of all."""
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class AveragedWeights:
@@ -89,9 +109,17 @@ class AveragedWeights:
         share = (1 - self.decay) * (1 - skipped)
         torch._foreach_lerp_(self.average, weights, [share.to(w.dtype) for w in weights])
 
+    @contextmanager
+    def in_place(self, model: VideoMAE) -> Iterator[None]:
+        """Context in which the model's weights are the average."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
     @torch.no_grad()
-    def swap(self, model: VideoMAE) -> None:
-        """Exchange the model's weights with the average; a second call puts them back."""
+    def _swap(self, model: VideoMAE) -> None:
         for average, parameter in zip(self.average, model.parameters(), strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)

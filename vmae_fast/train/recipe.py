@@ -23,7 +23,7 @@ else:
 # Settings by the name they have in a table where that is not their own.
 _KEYS = {"path": "data", "root": "data_root"}
 # What was asked of one start is not what the run is, whose settings are read when it goes on.
-_OF_ONE_START = ("resume", "overwrite", "profile")
+_OF_ONE_START = ("resume", "auto_resume", "overwrite", "profile")
 
 
 def load_config(source: str | Path) -> PretrainConfig:

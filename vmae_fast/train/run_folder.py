@@ -5,30 +5,55 @@ RUN/resolved.json            numbers that follow from them, versions
 RUN/metrics.jsonl            one line every few steps
 RUN/tensorboard/             the same for TensorBoard
 RUN/bad_files.txt            files that could not be read, with the reason
-RUN/checkpoints/step-N/      model.safetensors, config.json, trainer.pt (ema/ where kept)
+RUN/checkpoints/step-N/      see checkpoint.py
+RUN/checkpoints/damaged-*    those that were not what had been written when the run went on
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vmae_fast._files import atomic_file, atomic_folder, write_errors
-from vmae_fast.models import CheckpointError, VideoMAE
+from vmae_fast._files import atomic_file, find_damage
+from vmae_fast.models import VideoMAE
 
-from .config import ConfigError
-from .optimizer import AveragedWeights, optimizer_state
+from .checkpoint import write_checkpoint
+from .config import ConfigError, RunSettings
+from .distributed import Ranks, alone
+from .optimizer import AveragedWeights
 
-# trainer.pt says with which layout it was written.
-_STATE_VERSION = 1
+# How often torchrun has started this process group again.
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in its folder.
+
+    Attributes:
+        checkpoint: what it goes on from; None starts anew.
+        damaged: later checkpoints that are not as they were written, and what is wrong with each.
+        overwrite: what is in the folder is deleted.
+    """
+
+    checkpoint: Path | None
+    damaged: dict[Path, str]
+    overwrite: bool
+
+    def warnings(self) -> list[str]:
+        """A line for each damaged checkpoint, once it was set aside."""
+        return [
+            f"warning: {path} is damaged ({reason}); going on from {self.checkpoint}"
+            for path, reason in self.damaged.items()
+        ]
 
 
 class RunFolder:
@@ -44,37 +69,57 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.bad_files = path / "bad_files.txt"
 
+    def start(self, run: RunSettings) -> Start:
+        """Find out how a run begins here; nothing is changed.
+
+        Raises:
+            ConfigError: it is to go on, and there is no checkpoint that is whole.
+        """
+        # A process group that its launcher started again goes on: it must not delete its own run.
+        restarted = run.out is not None and int(os.environ.get(_RESTARTS) or 0) > 0
+        if not (run.resume or run.auto_resume or restarted):
+            return Start(None, {}, run.overwrite)
+        checkpoint, damaged = self.newest_whole()
+        if checkpoint is None and damaged:
+            listing = "".join(f"\n  {path}: {reason}" for path, reason in damaged.items())
+            raise ConfigError(
+                f"{self.path}: no checkpoint is as it was written; start anew in another folder, "
+                f"or from the weights of one that may do with --init:{listing}"
+            )
+        if checkpoint is None and run.resume and not restarted:
+            held = self.path.is_dir() and any(self.path.iterdir())
+            raise ConfigError(
+                f"--resume: {self.path} holds no complete checkpoint; start anew with --overwrite"
+                if held
+                else f"--resume: no run at {self.path}; name the folder of one by --out, or leave "
+                "--resume out to start one there"
+            )
+        # A run that came to no checkpoint has nothing to lose.
+        return Start(checkpoint, damaged, overwrite=checkpoint is None)
+
     @classmethod
     def open(cls, path: Path, *, resume: bool, overwrite: bool) -> RunFolder:
         """Take a folder for a run.
 
         Raises:
-            ConfigError: it holds a run and neither resume nor overwrite was asked for; or
-                resume was, and it holds none; or it is something other than a run's folder.
+            ConfigError: it holds a run and neither resume nor overwrite was asked for; or it is
+                something other than a run's folder.
         """
         run = cls(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--out {path} is a file; name a folder")
         held = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-        if resume:
-            if run.latest() is None:
-                raise ConfigError(
-                    f"--resume: {path} holds no complete checkpoint; start anew with --overwrite"
-                    if held
-                    else f"--resume: no run at {path}; name the folder of one by --out, or leave "
-                    "--resume out to start one there"
-                )
-        elif held and "config.toml" not in held:
+        if held and not resume and "config.toml" not in held:
             raise ConfigError(
                 f"--out {path} holds files that are no run's ({', '.join(held[:5])}); name a new "
                 "folder, or one that is empty"
             )
-        elif held and not overwrite:
+        if held and not resume and not overwrite:
             raise ConfigError(
                 f"--out {path} holds a run already; --resume goes on with it, --overwrite "
                 "deletes it"
             )
-        elif held:
+        if held and not resume:
             shutil.rmtree(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -86,8 +131,9 @@ class RunFolder:
         if not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(f"--out {path} may not be written to; name another folder")
         # What a process killed while saving left half written.
-        for leftover in run.checkpoints.glob(".step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for ending in ("tmp", "old"):
+            for leftover in run.checkpoints.glob(f".step-*.{ending}"):
+                shutil.rmtree(leftover, ignore_errors=True)
         return run
 
     def latest(self) -> Path | None:
@@ -121,58 +167,42 @@ class RunFolder:
         extra: dict[str, Any],
         *,
         keep: int,
+        ranks: Ranks | None = None,
     ) -> Path:
-        """Write the checkpoint of ``step`` steps done, then delete all but the last ``keep``."""
+        """Write the checkpoint of ``step`` steps done, then delete all but the last ``keep``.
+
+        All processes call this; see :func:`write_checkpoint`.
+        """
         path = self.checkpoints / f"step-{step:08d}"
-        self.save_at(path, step, model, optimizer, average, extra)
-        for old in self._steps()[:-keep]:
+        ranks = ranks or alone()
+        write_checkpoint(path, step, model, optimizer, average, extra, ranks)
+        for old in self._steps()[:-keep] if ranks.is_main else ():
             shutil.rmtree(self.checkpoints / f"step-{old:08d}", ignore_errors=True)
         return path
 
-    @staticmethod
-    def save_at(
-        path: Path,
-        step: int,
-        model: VideoMAE,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None,
-        extra: dict[str, Any],
-    ) -> None:
-        """Write a checkpoint to a temporary name and rename it: it is whole or not there."""
-        with atomic_folder(path) as folder:
-            model.save_pretrained(folder)
-            if average is not None:
-                average.swap(model)
-                try:
-                    model.save_pretrained(folder / "ema")
-                finally:
-                    average.swap(model)
-            state = {
-                "version": _STATE_VERSION,
-                "step": step,
-                "optimizer": optimizer_state(optimizer),
-                **extra,
-            }
-            with write_errors(folder / "trainer.pt"):
-                torch.save(state, folder / "trainer.pt")
+    def newest_whole(self) -> tuple[Path | None, dict[Path, str]]:
+        """The checkpoint of the highest step that is as it was written, and damaged later ones.
 
-    @staticmethod
-    def load_state(checkpoint: Path) -> dict[str, Any]:
-        """Read a checkpoint's trainer state.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another version.
+        Returns:
+            Its path, None where there is none; and what is wrong with each that was passed over.
         """
-        file = checkpoint / "trainer.pt"
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-        if state.get("version") != _STATE_VERSION:
-            raise CheckpointError(
-                f"{file} has version {state.get('version')}, this release reads {_STATE_VERSION}"
-            )
-        return state
+        damaged: dict[Path, str] = {}
+        for step in reversed(self._steps()):
+            path = self.checkpoints / f"step-{step:08d}"
+            reason = find_damage(path)
+            if reason is None:
+                return path, damaged
+            damaged[path] = reason
+        return None, damaged
+
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Give a damaged checkpoint a name under which no run takes it."""
+        number, aside = 1, checkpoint.with_name(f"damaged-{checkpoint.name}")
+        while aside.exists():
+            number += 1
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+        checkpoint.rename(aside)
+        return aside
 
     def _steps(self) -> list[int]:
         if not self.checkpoints.is_dir():

@@ -7,20 +7,22 @@ import json
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from vmae_fast.models import CheckpointError, VideoMAE
 
+from .checkpoint import load_optimizer, read_state, write_checkpoint
 from .config import ConfigError, PretrainConfig
 from .distributed import Ranks
 from .graph import choose_capture
 from .inputs import BadFiles, Inputs, RunError
-from .optimizer import AveragedWeights, load_optimizer_state, make_optimizer
+from .optimizer import AveragedWeights, make_optimizer, placed_as
 from .recipe import to_toml
-from .run_folder import RunFolder
+from .run_folder import RunFolder, Start
 from .schedule import Schedule
+from .sharded import shard
 
 
 class Setup:
@@ -37,10 +39,13 @@ class Setup:
     def __init__(self, config: PretrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         path = self._out()
-        resumed = RunFolder(path).latest() if config.run.resume else None
+        self.start = start = self._start(RunFolder(path))
+        resumed = start.checkpoint
         torch.manual_seed(config.run.seed)
         self.model = config.model.build(resumed or config.run.init).to(ranks.device)
         self._configure(self.model)
+        if config.run.parallel == "fsdp":
+            shard(self.model, ranks, self.autocast_dtype)
         # A recorded step is one launch: its kernels show in a profile, but no range is about them.
         launched = config.run.profile and config.run.cuda_graph == "auto"
         setting = "off" if launched else config.run.cuda_graph
@@ -51,14 +56,16 @@ class Setup:
         # The folder is taken only once nothing else can be wrong with the settings.
         if ranks.is_main:
             self.folder = RunFolder.open(
-                path, resume=config.run.resume, overwrite=config.run.overwrite
+                path, resume=resumed is not None, overwrite=start.overwrite
             )
+            for damaged in start.damaged:
+                self.folder.set_aside(damaged)
         ranks.barrier()
         self.folder = RunFolder(path)
         self.optimizer = make_optimizer(self.model, config.optim)
         decay = config.optim.ema_decay
         self.average = AveragedWeights(self.model, decay) if decay else None
-        self.start_step = 0
+        self.start_step = self.skipped = 0
         if resumed:
             self._resume(resumed)
         known = self.folder.read_bad_files() if resumed else {}
@@ -83,16 +90,20 @@ class Setup:
     def save(self, step: int, path: Path | None = None) -> None:
         """Write the checkpoint of ``step`` steps done, to the run's checkpoints or to ``path``.
 
+        All processes call this, and all leave it together.
+
         Raises:
             RunError: it could not be written (a full disk); those before it are whole.
         """
-        extra = {"seed": self.config.run.seed, "files": self.inputs.fingerprint}
+        extra = {
+            "seed": self.config.run.seed, "files": self.inputs.fingerprint, "skipped": self.skipped
+        }  # fmt: skip
         parts = (step, self.model, self.optimizer, self.average, extra)
         try:
             if path is None:
-                self.folder.save(*parts, keep=self.config.run.keep)
+                self.folder.save(*parts, keep=self.config.run.keep, ranks=self.ranks)
             else:
-                self.folder.save_at(path, *parts)
+                write_checkpoint(path, *parts, self.ranks)
         except OSError as error:
             before = self.folder.latest()
             raise RunError(
@@ -113,6 +124,7 @@ class Setup:
         parameters = sum(p.numel() for p in self.model.parameters())
         t, h, w = model.grid
         lines = [
+            *self.start.warnings(),
             f"model: {parameters / 1e6:.1f} M parameters, {t}x{h}x{w} = {model.num_tokens} tokens, "
             f"{self.model.masking.num_visible} visible",
             *self.inputs.notes,
@@ -148,6 +160,19 @@ class Setup:
         first = self.ranks.gather(name)[0]
         return Path("runs") / str(first)
 
+    def _start(self, folder: RunFolder) -> Start:
+        """How the run begins; found out by one process, for all."""
+        found: Any = None
+        if self.ranks.is_main:
+            try:
+                found = folder.start(self.config.run)
+            except ConfigError as error:
+                found = error
+        found = self.ranks.gather(found)[0]
+        if isinstance(found, ConfigError):
+            raise found
+        return cast(Start, found)
+
     def _configure(self, model: VideoMAE) -> None:
         run = self.config.run
         if run.residual == "bf16" and self.autocast_dtype is None:
@@ -160,7 +185,7 @@ class Setup:
         trained.checkpointing = run.checkpointing
 
     def _resume(self, checkpoint: Path) -> None:
-        state = self.folder.load_state(checkpoint)
+        state = read_state(checkpoint)
         if state["files"] != self.inputs.fingerprint:
             raise ConfigError(
                 f"{checkpoint} was trained on another list of files: the order of clips would "
@@ -168,8 +193,8 @@ class Setup:
             )
         if state["seed"] != self.config.run.seed:
             raise ConfigError(f"{checkpoint} was trained with seed {state['seed']}")
-        load_optimizer_state(self.optimizer, state["optimizer"])
-        self.start_step = state["step"]
+        load_optimizer(checkpoint, state, self.model, self.optimizer)
+        self.start_step, self.skipped = state["step"], state.get("skipped", 0)
         if self.start_step > self.schedule.total_steps:
             raise ConfigError(
                 f"{checkpoint} is {self.start_step} steps in, past the run's "
@@ -179,7 +204,10 @@ class Setup:
             if not (checkpoint / "ema").is_dir():
                 raise CheckpointError(f"{checkpoint} holds no averaged weights (--ema-decay)")
             averaged = VideoMAE.from_pretrained(checkpoint / "ema").to(self.ranks.device)
-            self.average.average = [p.detach() for p in averaged.parameters()]
+            self.average.average = [
+                placed_as(mine, theirs.detach())
+                for mine, theirs in zip(self.model.parameters(), averaged.parameters(), strict=True)
+            ]
 
     def _resolved(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from vmae_fast.profiling import span
 from .distributed import Ranks
 from .graph import Capture, is_sharded
 from .optimizer import AveragedWeights, gradient_norm
+from .sharded import sync_gradients
 
 # Figures every process adds to the exchange of the loss: bad files, SIGINT, SIGTERM.
 NUM_FLAGS = 3
@@ -134,9 +135,7 @@ class TrainStep:
         if number == 0:
             self._drop_gradients()
         # Gradients are exchanged once a step, with the last micro-batch.
-        last = number == self.accumulate - 1
-        several = self.ranks.world_size > 1
-        with self.trained.no_sync() if several and not last else nullcontext():
+        with self._exchange(number == self.accumulate - 1):
             self._micro_step()
 
     def update(self, lr: float, *flags: float) -> Tensor:
@@ -179,6 +178,13 @@ class TrainStep:
     def zero_prediction(self) -> Tensor:
         """Loss of predicting zeros for the last micro-batch, scalar on the device."""
         return self.model.zero_prediction(self.video, self.model.masking(self.keys))
+
+    def _exchange(self, last: bool) -> AbstractContextManager[Any]:
+        """Context of a micro-batch, in which gradients are summed over processes if it is last."""
+        if is_sharded(self.model):
+            sync_gradients(self.model, last)
+            return nullcontext()
+        return nullcontext() if last or self.ranks.world_size == 1 else self.trained.no_sync()
 
     def _micro_step(self) -> None:
         with span("masks"):
