@@ -13,10 +13,10 @@ from .dataset import (
     ClipDataset,
     ClipItem,
     collate_clips,
-    make_loader,
 )
 from .decode import PathDecoder, PyAVDecoder
 from .listing import VIDEO_SUFFIXES, DataError, Listing, Sampling, VideoFile
+from .loader import ClipLoader, LoadingWork, lost_files, make_loader
 from .order import ClipRequest, ClipSampler, EpochOrder
 from .parts import clips_by_duration, parts_of
 from .rng import host_rng
@@ -34,6 +34,7 @@ __all__ = [
     "ClipBatch",
     "ClipDataset",
     "ClipItem",
+    "ClipLoader",
     "ClipRequest",
     "ClipSampler",
     "DataError",
@@ -41,6 +42,7 @@ __all__ = [
     "Decoder",
     "EpochOrder",
     "Listing",
+    "LoadingWork",
     "PathDecoder",
     "PyAVDecoder",
     "Sampling",
@@ -53,6 +55,7 @@ __all__ = [
     "crop_resize",
     "host_rng",
     "list_videos",
+    "lost_files",
     "make_loader",
     "multi_scale_crop_box",
     "parts_of",

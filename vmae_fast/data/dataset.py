@@ -7,8 +7,7 @@ not depend on the number of workers or GPUs, nor on where a run was stopped and 
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -16,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .augment import center_crop_box, crop_resize, multi_scale_crop_box
 from .clip import Clip, DecodeError, Decoder
 from .decode import PathDecoder
 from .listing import DataError, Sampling, VideoFile
-from .order import ClipRequest, ClipSampler
+from .order import ClipRequest
 from .rng import CROP, REPLACE, START, host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
 
@@ -31,10 +30,6 @@ CHANNELS: Final = (1, 3, 4)
 
 # Bad files in a row before giving up: a stray bad file is passed over, a wrong folder is not.
 MAX_ATTEMPTS: Final = 10
-
-# Batches that each worker holds ready: enough to ride out one slow file, few enough that 16
-# workers do not fill the shared memory.
-PREFETCH: Final = 3
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class ClipBatch:
     bad: list[BadFile]
 
     def pin_memory(self) -> ClipBatch:
-        """The same batch in page-locked memory. ``DataLoader`` calls this."""
+        """The same batch in page-locked memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ClipBatch:
@@ -138,6 +133,12 @@ class ClipDataset(Dataset[ClipItem]):
             a held-out file; all of them unless given.
         fps: frames of the clip a second, in place of the stride.
         channels: of the clips: 3 (RGB), 1 (grey) or 4 (RGBA).
+        lost: files that must not be opened, path to reason: bad files to begin with. Held, not
+            copied, so that several data sets can share what is found out later.
+
+    Attributes:
+        reading: called with a file's index before it is opened, and with None afterwards; None
+            is nobody. A process that may be lost at a file says by it which one.
 
     Raises:
         ValueError: ``files`` or ``replacements`` is empty, or a number is out of its range.
@@ -159,6 +160,7 @@ class ClipDataset(Dataset[ClipItem]):
         replacements: Sequence[int] | None = None,
         fps: float | None = None,
         channels: int = 3,
+        lost: dict[str, str] | None = None,
     ) -> None:
         clip_span(frames, stride)  # checks both
         if repeats < 1 or min(image_size) < 1:
@@ -173,6 +175,8 @@ class ClipDataset(Dataset[ClipItem]):
         self.replacements = list(range(len(self.files)) if replacements is None else replacements)
         if not self.files or not self.replacements:
             raise ValueError("files and replacements must not be empty")
+        self.lost: dict[str, str] = {} if lost is None else lost
+        self.reading: Callable[[int | None], None] | None = None
         self._cache: dict[str, Clip | DecodeError] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -215,9 +219,18 @@ class ClipDataset(Dataset[ClipItem]):
         return self._item(request.epoch, request.index, self._repeats(request))
 
     def _item(self, epoch: int, index: int, repeats: range) -> ClipItem:
-        clip = self._read_clip(epoch, index)
-        crops = [self._crop(clip.frames, epoch, index, k) for k in repeats]
-        return ClipItem(crops, index, epoch, self.files[index].path, clip.times_s, repeats.start)
+        path = self.files[index].path
+        if path in self.lost:
+            raise DecodeError(path, self.lost[path])
+        if self.reading is not None:
+            self.reading(index)
+        try:
+            clip = self._read_clip(epoch, index)
+            crops = [self._crop(clip.frames, epoch, index, k) for k in repeats]
+        finally:
+            if self.reading is not None:
+                self.reading(None)
+        return ClipItem(crops, index, epoch, path, clip.times_s, repeats.start)
 
     def _repeats(self, request: ClipRequest) -> range:
         """Numbers of the repeats that a request asks for."""
@@ -278,9 +291,14 @@ class ClipDataset(Dataset[ClipItem]):
         return left[rng.integers(len(left))]
 
 
-def collate_clips(items: Sequence[ClipItem]) -> ClipBatch:
-    """Join the clips of several files into a batch, in order, repeats next to each other."""
-    stacked = torch.stack([crop for item in items for crop in item.crops])
+def collate_clips(items: Sequence[ClipItem], *, out: Tensor | None = None) -> ClipBatch:
+    """Join the clips of several files into a batch, in order, repeats next to each other.
+
+    Args:
+        items: they.
+        out: uint8 ``(B, T, H, W, C)`` to write the video to; None makes one.
+    """
+    stacked = torch.stack([crop for item in items for crop in item.crops], out=out)
 
     def per_clip(values: Sequence[int]) -> Tensor:
         counts = [len(item.crops) for item in items]
@@ -294,42 +312,3 @@ def collate_clips(items: Sequence[ClipItem]) -> ClipBatch:
         paths=[item.path for item in items for _ in item.crops],
         bad=[file for item in items for file in item.bad],
     )
-
-
-def make_loader(
-    dataset: ClipDataset, sampler: ClipSampler, *, workers: int, pin_memory: bool
-) -> DataLoader[ClipItem]:
-    """A loader that yields one ``ClipBatch`` for each list of requests the sampler gives.
-
-    Args:
-        dataset: the clips.
-        sampler: their order.
-        workers: processes that decode; 0 decodes in this one. Each runs torch on one thread.
-        pin_memory: page-lock the batches, for copies to a GPU that overlap its work.
-
-    Raises:
-        ValueError: ``workers`` is negative.
-    """
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_clips,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_prepare_worker if workers else None,
-        # Each pass draws a seed for its workers (unused here); from a generator of the loader's
-        # own, so that loading data does not move torch's global random state.
-        generator=torch.Generator(),
-    )
-
-
-def _prepare_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
-    # Forked workers inherit the trainer's handlers. Ctrl-C reaches the whole group: they go on
-    # until the trainer has saved. SIGTERM must end them, the loader may use it to.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
