@@ -149,7 +149,11 @@ class LoadingSettings:
     cache: bool = False
     """Decode each file once and hold it in memory: for sets far smaller than memory."""
     workers: int | None = None
-    """Decoding processes for each GPU. None: by cores (0 on two)."""
+    """Decoding processes for each GPU. With 0, a file that crashes its decoder ends the run; with 1
+    or more it costs its clip. None: by cores (0 on two)."""
+    decode_timeout: float | None = 300.0
+    """Seconds that a decoding process may be at one file; after them it is ended, and the file is
+    bad."""
     val: float = 0.02
     """Share of the files held out for validation."""
     max_bad: float = 0.1
@@ -291,6 +295,9 @@ class PretrainConfig:
         for name, value, least in at_least:
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+        timeout = self.loading.decode_timeout
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"decode_timeout must be above 0 seconds, got {timeout}")
         if optim.epochs <= 0:
             raise ConfigError(f"epochs must be above 0, got {optim.epochs}")
         if optim.clip_grad is not None and optim.clip_grad <= 0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmae_fast.data import BadFile, ClipBatch, ClipDataset, ClipRequest, collate_clips
+from vmae_fast.data import BadFile, ClipBatch, ClipDataset, ClipRequest
 from vmae_fast.masking import clip_keys
 from vmae_fast.models import VideoMAE
 
@@ -89,13 +89,13 @@ def _evaluate(
     found: tuple[float | None, float | None] = (None, None)
     if loss and inputs.val:
         *both, bad = held_out_loss(
-            model, dataset, inputs.validation_requests(), micro_batch, ranks, autocast,
+            model, dataset, inputs.validation_requests(), micro_batch, inputs, autocast,
             each=held_out.add,
         )  # fmt: skip
         found = (both[0], both[1])
     else:
-        bad = held_out.read(dataset, asked, micro_batch, ranks)
-    bad += bank.read(dataset, chosen, micro_batch, ranks)
+        bad = held_out.read(dataset, asked, micro_batch, inputs)
+    bad += bank.read(dataset, chosen, micro_batch, inputs)
     features = figures_of(inputs.files, bank.gather(ranks), held_out.gather(ranks))
     return Evaluation(*found, features, bad)
 
@@ -106,7 +106,7 @@ def held_out_loss(
     dataset: ClipDataset,
     requests: list[ClipRequest],
     micro_batch: int,
-    ranks: Ranks,
+    inputs: Inputs,
     autocast: AbstractContextManager[None],
     *,
     each: Callable[[ClipBatch], None] | None = None,
@@ -118,28 +118,28 @@ def held_out_loss(
         dataset: the held-out clips.
         requests: this process's part of them.
         micro_batch: clips at a time.
-        ranks: this process; sums are taken over all.
+        inputs: reads the clips; sums are taken over all of its ranks.
         autocast: context to compute in.
         each: called with every batch, on the device.
 
     Returns:
         Loss, zero-prediction loss, files that could not be read.
     """
-    training = model.training
+    ranks, training = inputs.ranks, model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     bad: list[BadFile] = []
     try:
-        for first in range(0, len(requests), micro_batch):
-            items = [dataset[request] for request in requests[first : first + micro_batch]]
-            batch = collate_clips(items).to(ranks.device)
+        for loaded in inputs.batches(dataset, requests, micro_batch):
+            batch = loaded.to(ranks.device)
             bad += batch.bad
             mask = model.masking(clip_keys(_MASK_SEED, 0, batch.clip))
             with autocast:
                 loss = model(batch.video, mask).loss
             zero = model.zero_prediction(batch.video, mask)
             # By tokens where their number differs: how clips fall into batches must not matter.
-            weight = len(items) if mask.scored is None else mask.scored.mean().item() * len(items)
+            count = len(batch.paths)
+            weight = count if mask.scored is None else mask.scored.mean().item() * count
             sums += torch.tensor([loss.item() * weight, zero.item() * weight, weight])
             if each is not None:
                 each(batch)
@@ -185,14 +185,14 @@ class ClipFeatures:
         self._found.append(([clips[place] for place in kept], rows_BtD.cpu()))
 
     def read(
-        self, dataset: ClipDataset, indices: Sequence[int], micro_batch: int, ranks: Ranks
+        self, dataset: ClipDataset, indices: Sequence[int], micro_batch: int, inputs: Inputs
     ) -> list[BadFile]:
         """Encode this process's part of some clips; returns the files that could not be read."""
         bad: list[BadFile] = []
+        ranks = inputs.ranks
         mine = [ClipRequest(0, index) for index in indices[ranks.rank :: ranks.world_size]]
-        for first in range(0, len(mine), micro_batch):
-            items = [dataset[request] for request in mine[first : first + micro_batch]]
-            batch = collate_clips(items).to(ranks.device)
+        for loaded in inputs.batches(dataset, mine, micro_batch):
+            batch = loaded.to(ranks.device)
             bad += batch.bad
             self.add(batch)
         return bad

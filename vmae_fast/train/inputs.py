@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from vmae_fast.data import (
     ClipSampler,
     DataError,
     EpochOrder,
+    LoadingWork,
     Sampling,
     VideoFile,
     clips_by_duration,
+    lost_files,
     make_loader,
     parts_of,
     read_source,
@@ -61,6 +63,7 @@ class Inputs:
         train, val: indices into ``files``, of files to train on and of held-out ones.
         notes: how each source was read, a line each.
         fingerprint: of the list, by which a run that goes on knows it again.
+        work: what loading training clips took so far on this process.
 
     Raises:
         ConfigError: clips have a number of channels that videos do not.
@@ -75,6 +78,8 @@ class Inputs:
             )
         self.config, self.model, self.ranks = config, model, ranks
         self.notes: list[str] = []
+        self.work = LoadingWork()
+        self._lost: dict[str, str] = {}
         found = [self._list(source) for source in config.sources]
         files = [file for listed in found for file in listed]
         names = [
@@ -122,8 +127,32 @@ class Inputs:
             sampler,
             workers=self.workers,
             pin_memory=self.ranks.device.type == "cuda",
+            decode_timeout=self.config.loading.decode_timeout,
+        )
+        self.work = loader.work
+        return iter(loader)
+
+    def batches(
+        self, dataset: ClipDataset, requests: Sequence[ClipRequest], size: int
+    ) -> Iterator[ClipBatch]:
+        """Clips of a data set, ``size`` at a time, by as many processes as training has."""
+        cut = [list(requests[first : first + size]) for first in range(0, len(requests), size)]
+        loader = make_loader(
+            dataset,
+            cut,
+            # A cache is this process's.
+            workers=0 if self.config.loading.cache else min(self.workers, len(cut)),
+            pin_memory=False,
+            decode_timeout=self.config.loading.decode_timeout,
         )
         return iter(loader)
+
+    def pass_over(self, bad: Mapping[str, str]) -> None:
+        """Do not open files, path to reason, that took a process down in an earlier part of a run.
+
+        Other bad files are opened again: that harms nobody, and they may have come back.
+        """
+        self._lost.update(lost_files(bad))
 
     @property
     def workers(self) -> int:
@@ -165,6 +194,7 @@ class Inputs:
             cache=loading.cache,
             replacements=self.train if train or not self.val else self.val,
             channels=self.model.in_channels,
+            lost=self._lost,
         )
 
     def _list(self, source: DataSettings) -> list[VideoFile]:

@@ -69,6 +69,7 @@ class Setup:
         if resumed:
             self._resume(resumed)
         known = self.folder.read_bad_files() if resumed else {}
+        self.inputs.pass_over(known)
         self.bad_files = BadFiles(self.inputs.num_files, config.loading.max_bad, known)
         self.validation = self.inputs.validation_dataset()
         if ranks.is_main:
