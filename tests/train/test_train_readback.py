@@ -33,14 +33,14 @@ def rows_of(path):
     return [{name: row[name] for name in row if name not in TIMES} for row in rows]
 
 
-def nan_at(monkeypatch, step):
-    """Let the loss of a run's step, counted from 0, be NaN; returns the steps launched."""
+def nan_at(monkeypatch, *steps):
+    """Let the loss of a run's steps, counted from 0, be NaN; returns the steps launched."""
     forward_backward = TrainStep.forward_backward
     launched = []
 
     def poisoned(self, video, keys, share=None, number=0):
+        share = float("nan") if len(launched) in steps else share
         launched.append(len(launched))
-        share = float("nan") if len(launched) == step + 1 else share
         forward_backward(self, video, keys, share, number)
 
     monkeypatch.setattr(TrainStep, "forward_backward", poisoned)
@@ -124,6 +124,56 @@ def test_a_bad_step_is_undone_though_later_ones_were_launched(config, monkeypatc
     assert (evidence / "clips.txt").read_text().splitlines() == clips
     # Of the features before the first step, and of the five that count.
     assert rows_of(config.run.out) == rows_of(whole.path)[: 1 + 5]
+
+
+def skipped_by_step(result):
+    return [row.get("skipped", 0) for row in rows_of(result.path) if "loss" in row]
+
+
+def test_some_bad_steps_may_be_skipped(config, monkeypatch, capsys):
+    config.run.save_every, config.run.keep, config.run.val_every = 1, 8, 100
+    config.run.skip_nonfinite, config.optim.ema_decay = 2, 0.5
+    nan_at(monkeypatch, 3, 4, 6)
+    result = pretrain(config)
+    assert result.steps == 8
+    assert skipped_by_step(result) == [0, 0, 0, 1, 2, 2, 3, 3]
+    folders = {k: result.path / "checkpoints" / f"step-{k:08d}" for k in range(1, 9)}
+    for skipped in (4, 5, 7):
+        for part in ("", "ema"):
+            before, after = (weights(folders[k] / part) for k in (skipped - 1, skipped))
+            assert_same_weights(before, after)
+    moved = weights(folders[6]), weights(folders[5])
+    assert any(not torch.equal(moved[0][name], moved[1][name]) for name in moved[0])
+    state = torch.load(folders[8] / "trainer.pt")
+    assert state["skipped"] == 3
+    assert {float(kept["step"]) for kept in state["optimizer"]["state"].values()} == {8 - 3}
+    said = capsys.readouterr().err
+    assert "step 5: loss nan" in said
+    assert "(2 in a row of at most 2, 2 in all)" in said
+
+
+def test_more_bad_steps_in_a_row_than_may_be_skipped_end_the_run(config, monkeypatch):
+    config.run.save_every, config.run.keep, config.run.val_every = 1, 8, 100
+    config.run.skip_nonfinite, config.optim.steps = 2, 12
+    launched = nan_at(monkeypatch, 1, 3, 4, 5)
+    with pytest.raises(RunError, match=r"step 5: .* not finite, as 2 times in a row before"):
+        pretrain(config)
+    assert len(launched) < 12
+    run = Path(config.run.out)
+    evidence = run / "nonfinite-step-00000005"
+    assert_same_weights(weights(evidence), weights(run / "checkpoints" / "step-00000003"))
+    assert len((evidence / "clips.txt").read_text().splitlines()) == 3 * 8
+
+
+def test_skipped_steps_are_counted_on_after_a_resume(config, monkeypatch):
+    config.run.save_every, config.run.skip_nonfinite = 4, 1
+    with monkeypatch.context() as patched:
+        nan_at(patched, 1)
+        pretrain(config)
+    config.optim.steps, config.run.resume = 12, True
+    nan_at(monkeypatch, 1)
+    result = pretrain(config)
+    assert skipped_by_step(result) == [0, *[1] * 8, *[2] * 3]
 
 
 def test_steps_before_a_failure_keep_their_rows(config, monkeypatch):

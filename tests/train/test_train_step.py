@@ -194,6 +194,23 @@ def test_recording_counts_as_no_step():
     assert later.loss == 0
 
 
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_a_recorded_step_skips_the_same_bad_steps(allowed):
+    model = make_model()
+    found = []
+    for capture in (None, Recorder()):
+        step = make_step(copy.deepcopy(model), ema=0.9, skip_nonfinite=allowed, capture=capture)
+        figures = []
+        for number, (video, keys) in enumerate(batches(0, 9)):
+            bad = number in (2, 4, 5, 6)
+            step.forward_backward(video, keys, float("nan") if bad else None)
+            figures.append(step.update(1e-3).clone())
+        found.append((torch.stack(figures)[:, 2], state_of(step)))
+    assert_equal([found[1][0], *found[1][1]], [found[0][0], *found[0][1]])
+    expected = {0: [0, 0, 1, 1, 1, 1, 1, 1, 1], 2: [0, 0, 1, 0, 1, 2, 3, 3, 3]}
+    assert found[0][0].tolist() == expected[allowed]
+
+
 FAULTS = {
     "rate": lambda step: step.optimizer.param_groups[0].update(lr=1e-3),
     "masks": lambda step: vars(step.model).update(masking=BakedMasks(step.model.masking)),

@@ -131,12 +131,14 @@ class Pretraining:
             clip_grad=config.optim.clip_grad,
             average=setup.average,
             accumulate=self.schedule.accumulate,
+            skip_nonfinite=config.run.skip_nonfinite,
             capture=setup.capture,
         )
         self.readback: Readback[_Report] = Readback()
         self.val: tuple[float, float] | None = None
         self.features: FeatureFigures | None = None
         self.signal = 0
+        self.bad_clips: list[str] = []
         self.saved = setup.start_step
         self.metrics = Metrics(
             setup.folder.path,
@@ -273,11 +275,9 @@ class Pretraining:
     def _read(self, *, everything: bool = False) -> None:
         """Act on the figures of steps that are far enough back, or of all."""
         for report, values in self.readback.take(everything=everything):
-            loss, norm, not_finite, *more = values
-            if not_finite:
-                # Those after it were skipped.
-                self.readback.clear()
-                self._stop_nonfinite(report.step, loss, norm, report.paths)
+            loss, norm, bad_in_a_row, *more = values
+            if bad_in_a_row:
+                self._note_nonfinite(report, loss, norm, int(bad_in_a_row))
             any_bad = bool(report.bad)
             if self.ranks.world_size > 1:
                 # All processes read the same sums of the same step, and so do the same.
@@ -318,9 +318,10 @@ class Pretraining:
         }
         step = report.step + 1
         epoch = step * self.schedule.files_per_step / self.schedule.files_per_epoch
-        bad = len(self.setup.bad_files.reasons)
-        self.metrics.write(step, {**shown, "epoch": round(epoch, 4), "bad_files": bad})
-        self.metrics.step({**shown, **({"bad_files": bad} if bad else {})})
+        bad, skipped = len(self.setup.bad_files.reasons), self.setup.skipped
+        counts = {"bad_files": bad, **({"skipped": skipped} if skipped else {})}
+        self.metrics.write(step, {**shown, "epoch": round(epoch, 4), **counts})
+        self.metrics.step({**shown, **{name: count for name, count in counts.items() if count}})
 
     def _validate(self, step: int) -> None:
         """Write the figures of held-out clips; before the first step those of features alone."""
@@ -345,19 +346,35 @@ class Pretraining:
         self.setup.save(step)
         self.saved = step
 
-    def _stop_nonfinite(self, step: int, loss: float, norm: float, paths: list[str]) -> NoReturn:
+    def _note_nonfinite(self, report: _Report, loss: float, norm: float, in_a_row: int) -> None:
+        """Count a skipped update; too many in a row end the run."""
+        step, allowed = report.step, self.config.run.skip_nonfinite
+        self.bad_clips = [*(self.bad_clips if in_a_row > 1 else ()), *report.paths]
+        if in_a_row > allowed:
+            # Those after it were skipped.
+            self.readback.clear()
+            self._stop_nonfinite(step, loss, norm, in_a_row)
+        self.setup.skipped += 1
+        self.metrics.say(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, update skipped "
+            f"({in_a_row} in a row of at most {allowed}, {self.setup.skipped} in all)"
+        )
+
+    def _stop_nonfinite(self, step: int, loss: float, norm: float, in_a_row: int) -> NoReturn:
         """Save the weights from before the update and what went in; then end the run."""
         folder = self.setup.folder.path / f"nonfinite-step-{step:08d}"
-        everyone: list[Any] = self.ranks.gather(paths)
+        everyone: list[Any] = self.ranks.gather(self.bad_clips)
         self.setup.save(step, folder)
         if self.ranks.is_main:
             listing = "".join(f"{path}\n" for part in everyone for path in part)
             (folder / "clips.txt").write_text(listing)
         self.ranks.barrier()
+        many = f", as {in_a_row - 1} times in a row before" if in_a_row > 1 else ""
         raise RunError(
-            f"step {step}: loss {loss}, gradient norm {norm}: not finite, so the weights were not "
-            f"updated. The state before the step is in {folder}, its clips in "
+            f"step {step}: loss {loss}, gradient norm {norm}: not finite{many}, so the weights "
+            f"were not updated. The state before that is in {folder}, the clips in "
             f"{folder / 'clips.txt'}. A lower --lr, --clip-grad or --precision fp32 may help"
+            + ("" if many else ", and --skip-nonfinite N goes on after up to N such steps")
         )
 
 

@@ -26,9 +26,9 @@ _CLIP_EPS = 1e-6
 class TrainStep:
     """Forward, backward and update, all of it enqueued.
 
-    Once a loss or a gradient norm is not finite, that update and all later ones are skipped: the
-    weights, AdamW's state and the averaged weights stay those before the bad step until the host
-    has seen its figures.
+    The update of a step whose loss or gradient norm is not finite is skipped: the weights, AdamW's
+    state and the averaged weights stay as they were. With the bad step in a row that is one more
+    than ``skip_nonfinite``, all later updates are skipped too, until the host has seen its figures.
 
     Args:
         model: on its device, with its parameters' gradients its own.
@@ -39,12 +39,14 @@ class TrainStep:
         clip_grad: largest gradient norm; None does not clip.
         average: averaged weights to keep.
         accumulate: micro-batches of a step.
+        skip_nonfinite: bad steps in a row after which a good one goes on.
         capture: records the step at its first micro-batch and repeats it from then on; all
             batches must have the shape of the first. None launches it op by op.
 
     Attributes:
         loss: the step's loss so far on this process, scalar on the device.
-        found_inf: 1 from the first bad step on, scalar on the device.
+        found_inf: 1 where the last update was skipped, scalar on the device.
+        bad_in_a_row: bad steps without a good one since, scalar on the device.
 
     Raises:
         ValueError: the optimiser is not fused, or what is to be recorded is one of several
@@ -73,6 +75,7 @@ class TrainStep:
         clip_grad: float | None = None,
         average: AveragedWeights | None = None,
         accumulate: int = 1,
+        skip_nonfinite: int = 0,
         capture: Capture | None = None,
     ) -> None:
         self.device = device = next(model.parameters()).device
@@ -81,6 +84,7 @@ class TrainStep:
         self.ranks = Ranks(0, 1, device) if ranks is None else ranks
         self.autocast, self.clip_grad = autocast, clip_grad
         self.average, self.accumulate = average, accumulate
+        self.skip_nonfinite = skip_nonfinite
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("optimizer must be AdamW(fused=True): only that skips on the device")
         if capture is not None and (self.ranks.world_size > 1 or is_sharded(model)):
@@ -92,6 +96,7 @@ class TrainStep:
             return torch.zeros((), device=device)
 
         self.loss, self.found_inf, self.lr, self.share = (scalar() for _ in range(4))
+        self.bad_in_a_row = scalar()
         several = self.ranks.world_size > 1
         self.flags = torch.zeros(NUM_FLAGS if several else 0, device=device)
         self.stats = torch.zeros(3 + len(self.flags), device=device)
@@ -147,7 +152,7 @@ class TrainStep:
 
         Returns:
             fp32 vector on the device, overwritten by the next update: loss over all processes,
-            gradient norm before clipping, 1 where not finite, sums of ``flags``.
+            gradient norm before clipping, bad steps in a row, sums of ``flags``.
         """
         self.lr.fill_(lr)
         if flags:
@@ -202,9 +207,11 @@ class TrainStep:
             summed = self.ranks.sum(torch.cat([summed, self.flags]))
         loss = summed[0] / self.ranks.world_size
         norm = gradient_norm(self.model.parameters()).float()
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        # Sticky: later updates must not go on from a state that the bad step left behind.
-        self.found_inf.copy_(torch.maximum(self.found_inf, 1 - finite.float()))
+        bad = 1 - (torch.isfinite(loss) & torch.isfinite(norm)).float()
+        # Sticky once there are too many: what the host is to see must still be there.
+        ended = (self.bad_in_a_row > self.skip_nonfinite).float()
+        self.bad_in_a_row.copy_(torch.lerp((self.bad_in_a_row + 1) * bad, self.bad_in_a_row, ended))
+        self.found_inf.copy_(torch.maximum(bad, ended))
         if self.clip_grad is not None:
             # AdamW divides the gradients by it as it reads them.
             scale = ((norm + _CLIP_EPS) / self.clip_grad).clamp(min=1)
@@ -212,7 +219,7 @@ class TrainStep:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model, self.found_inf)
-        self.stats.copy_(torch.cat([torch.stack([loss, norm, self.found_inf]), summed[1:]]))
+        self.stats.copy_(torch.cat([torch.stack([loss, norm, self.bad_in_a_row]), summed[1:]]))
 
     def _stage(self, video: Tensor, keys: Tensor) -> None:
         if self._capture is None:
@@ -231,9 +238,10 @@ class TrainStep:
             held.copy_(given, non_blocking=True)
 
     def _record(self, capture: Capture) -> None:
-        kept = [(tensor, tensor.clone()) for tensor in (self.found_inf, self.loss)]
+        held = (self.bad_in_a_row, self.found_inf, self.loss)
+        kept = [(tensor, tensor.clone()) for tensor in held]
         # The real step warms up, with its update skipped: AdamW makes its state, and no more.
-        self.found_inf.fill_(1)
+        self.bad_in_a_row.fill_(self.skip_nonfinite + 1)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             # Where there is no gradient yet, one is assigned, and nothing need be zeroed.
             self._replay["first"] = capture(self._micro_step, self._drop_gradients)
