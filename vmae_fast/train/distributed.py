@@ -7,12 +7,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
+
+# How often torchrun has started this process group again.
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+# How errors of gloo and NCCL begin or go on.
+_OF_GROUP = ("gloo", "Timed out", "timed out", "Connection closed by peer", "Connection reset")
+
+
+def is_of_group(error: BaseException) -> bool:
+    """Whether an error says that another process did not answer."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_GROUP)
+    )
 
 
 @dataclass(frozen=True)
@@ -60,11 +73,12 @@ def alone() -> Ranks:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[Ranks]:
+def process_group(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """Join the process group that torchrun describes, or be the only process.
 
     Args:
         device: "auto", or a torch device; under torchrun each process takes its own GPU.
+        timeout_s: after which processes that wait for one that hangs give up.
 
     Raises:
         ConfigError: no such device.
@@ -78,7 +92,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
+    )
     try:
         yield Ranks(dist.get_rank(), world_size, chosen)
     finally:

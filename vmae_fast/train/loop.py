@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from vmae_fast.masking.hashing import combine
 from vmae_fast.profiling import span
 
 from .config import ConfigError, PretrainConfig
-from .distributed import Ranks
+from .distributed import Ranks, is_of_group
 from .evaluate import evaluate
 from .features import FeatureFigures
 from .graph import is_sharded
@@ -28,11 +28,13 @@ from .inputs import RunError
 from .metrics import Metrics
 from .optimizer import learning_rate
 from .out_of_memory import explain, is_out_of_memory
+from .pace import Pace, Report
 from .profile import WARM_UPS, ProfiledSteps, steady_steps
 from .readback import Readback
 from .setup import Setup
-from .step import NUM_FLAGS, TrainStep
-from .stop import StopRequest
+from .step import TrainStep
+from .stop import STOP_SIGNALS, StopRequest
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -60,46 +62,6 @@ class RunResult:
     samples: list[Tensor]
     profile: tuple[Path, ...] = ()
     features: FeatureFigures | None = None
-
-
-@dataclass
-class _Report:
-    """What the host knows of an optimiser step; its figures follow later.
-
-    Attributes:
-        step: steps done before it.
-        lr: its learning rate.
-        wait_s: seconds waited for its clips.
-        paths: its clips on this process.
-        bad: files of this process that could not be read.
-        pace: clips a second and share of waiting, where it is a step that is logged.
-    """
-
-    step: int
-    lr: float = 0.0
-    wait_s: float = 0.0
-    paths: list[str] = field(default_factory=list)
-    bad: list[BadFile] = field(default_factory=list)
-    pace: dict[str, float] | None = None
-
-
-class _Pace:
-    """Clips a second and the share of waiting for data, from one row of the metrics to the next."""
-
-    def __init__(self, step: int, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._restart(step)
-
-    def figures(self, step: int) -> dict[str, float]:
-        """Those since the last call; ``step`` steps are done."""
-        elapsed = time.perf_counter() - self._started
-        clips = (step - self._since) * self.batch_size
-        found = {"clips_per_s": clips / elapsed, "data_wait": self.waited_s / elapsed}
-        self._restart(step)
-        return found
-
-    def _restart(self, step: int) -> None:
-        self._started, self._since, self.waited_s = time.perf_counter(), step, 0.0
 
 
 class Pretraining:
@@ -134,7 +96,7 @@ class Pretraining:
             skip_nonfinite=config.run.skip_nonfinite,
             capture=setup.capture,
         )
-        self.readback: Readback[_Report] = Readback()
+        self.readback: Readback[Report] = Readback()
         self.val: tuple[float, float] | None = None
         self.features: FeatureFigures | None = None
         self.signal = 0
@@ -147,6 +109,7 @@ class Pretraining:
             active=ranks.is_main,
         )
         self.profile = self._profile()
+        self.watch = Watch(ranks, config.run.timeout, self._alarm)
 
     def train(self) -> RunResult:
         """Run to the end, or to a stop request; both end with a checkpoint.
@@ -158,7 +121,7 @@ class Pretraining:
         try:
             if self.ranks.is_main:
                 self.metrics.say(self.setup.describe())
-            with self.profile:
+            with self.profile, self.watch:
                 step = self._loop()
                 self.profile.finish(step)
         except Exception as error:
@@ -166,7 +129,7 @@ class Pretraining:
             # to agree.
             if self.ranks.world_size == 1:
                 self._read(everything=True)
-            reason = explain(self.setup, error)
+            reason = explain(self.setup, error) or self._other_process(error)
             if reason is not None:
                 raise RunError(reason) from error
             raise
@@ -201,7 +164,7 @@ class Pretraining:
         run, total = self.config.run, self.schedule.total_steps
         step = self.setup.start_step
         batches = self.setup.inputs.train_batches(self.schedule, step)
-        pace = _Pace(step, self.config.optim.batch_size)
+        pace = Pace(step, self.config.optim.batch_size)
         self.model.train()
         if step == 0:
             # Untrained: what there is to rise from.
@@ -235,13 +198,13 @@ class Pretraining:
     def _logged(self, step: int) -> bool:
         return step % self.config.run.log_every == 0 or step == self.schedule.total_steps
 
-    def _step(self, step: int, batches: Iterator[ClipBatch]) -> _Report:
+    def _step(self, step: int, batches: Iterator[ClipBatch]) -> Report:
         """Enqueue one optimiser step over all its micro-batches."""
         ranks, device_step = self.ranks, self.train_step
         # Drop path draws from torch's generator: seeded by the step, so that a resumed run
         # draws the same and no generator state needs to be kept.
         torch.manual_seed(combine_seed(self.config.run.seed, step, ranks.rank))
-        report = _Report(step, learning_rate(step, self.schedule))
+        report = Report(step, learning_rate(step, self.schedule))
         count = self.schedule.accumulate
         if self.model.masking.num_unscored is not None:
             # As many tokens count in every clip: each micro-batch weighs the same, and is
@@ -253,19 +216,20 @@ class Pretraining:
             shares = device_step.shares([keys for _, keys in loaded])
             for number, ((video, keys), share) in enumerate(zip(loaded, shares, strict=True)):
                 device_step.forward_backward(video, keys, share, number)
-        came = self.stop.signal
-        flags = (len(report.bad), came == signal.SIGINT, came == signal.SIGTERM)
+        flags = (len(report.bad), *(self.stop.signal == number for number in STOP_SIGNALS))
         values = device_step.update(report.lr, *(flags if ranks.world_size > 1 else ()))
         if self._logged(step + 1):
             values = torch.cat([values, device_step.zero_prediction().float().view(1)])
         self.readback.put(report, values)
         return report
 
-    def _load(self, batches: Iterator[ClipBatch], report: _Report) -> tuple[Tensor, Tensor]:
+    def _load(self, batches: Iterator[ClipBatch], report: Report) -> tuple[Tensor, Tensor]:
         """The next micro-batch and its masks' keys, on the host; noted in ``report``."""
         before = time.perf_counter()
+        self.watch.at(report.step, "loading clips")
         with span("wait for clips"):
             batch = next(batches)
+        self.watch.at(report.step, "computing")
         report.wait_s += time.perf_counter() - before
         report.paths += batch.paths
         report.bad += batch.bad
@@ -281,9 +245,9 @@ class Pretraining:
             any_bad = bool(report.bad)
             if self.ranks.world_size > 1:
                 # All processes read the same sums of the same step, and so do the same.
-                any_bad, interrupted, terminated = (bool(flag) for flag in more[:NUM_FLAGS])
-                if interrupted or terminated:
-                    self.signal = signal.SIGTERM if terminated else signal.SIGINT
+                any_bad = bool(more[0])
+                came = [n for n, flag in zip(STOP_SIGNALS, more[1:], strict=False) if flag]
+                self.signal = max(came, default=self.signal)
             if any_bad:
                 self._note_bad(report.bad)
             self._log(report, loss, norm, more[-1] if report.pace is not None else math.nan)
@@ -304,7 +268,7 @@ class Pretraining:
         if fresh and self.ranks.is_main:
             self.setup.folder.write_bad_files(self.setup.bad_files.reasons)
 
-    def _log(self, report: _Report, loss: float, norm: float, zero: float) -> None:
+    def _log(self, report: Report, loss: float, norm: float, zero: float) -> None:
         """Count a step, and write its row where it has one."""
         if report.pace is None:
             self.metrics.step()
@@ -326,6 +290,7 @@ class Pretraining:
     def _validate(self, step: int) -> None:
         """Write the figures of held-out clips; before the first step those of features alone."""
         setup = self.setup
+        self.watch.at(step, "validating")
         found = evaluate(
             self.model,
             setup.inputs,
@@ -343,10 +308,27 @@ class Pretraining:
             self.metrics.say(f"step {step}: {found.features.warning()}")
 
     def _save(self, step: int) -> None:
+        self.watch.at(step, "saving")
         self.setup.save(step)
         self.saved = step
 
-    def _note_nonfinite(self, report: _Report, loss: float, norm: float, in_a_row: int) -> None:
+    def _alarm(self, text: str) -> None:
+        """Print what every process should, should it be the one that still can."""
+        print(text, file=sys.stderr, flush=True)
+
+    def _other_process(self, error: Exception) -> str | None:
+        """What to say of an error that another process caused; None where it is of this one."""
+        if self.ranks.world_size == 1 or not is_of_group(error):
+            return None
+        places = self.watch.report()
+        return (
+            f"process {self.ranks.rank}: another process of the run has ended, or hung for "
+            f"{self.config.run.timeout:g} s (--timeout): {str(error).splitlines()[0]}. What it "
+            f"said itself is above. Go on with --out {self.setup.folder.path} --resume"
+            + (f"\n{places}" if places else "")
+        )
+
+    def _note_nonfinite(self, report: Report, loss: float, norm: float, in_a_row: int) -> None:
         """Count a skipped update; too many in a row end the run."""
         step, allowed = report.step, self.config.run.skip_nonfinite
         self.bad_clips = [*(self.bad_clips if in_a_row > 1 else ()), *report.paths]
@@ -402,7 +384,7 @@ def pretrain(config: PretrainConfig) -> RunResult:
 
     config.check()
     stop = StopRequest()
-    with process_group(config.run.device) as ranks:
+    with process_group(config.run.device, config.run.timeout) as ranks:
         try:
             run = Pretraining(config, ranks, stop)
         except Exception as error:

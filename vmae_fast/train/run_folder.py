@@ -27,11 +27,8 @@ from vmae_fast.models import VideoMAE
 
 from .checkpoint import write_checkpoint
 from .config import ConfigError, RunSettings
-from .distributed import Ranks, alone
+from .distributed import RESTARTS, Ranks, alone
 from .optimizer import AveragedWeights
-
-# How often torchrun has started this process group again.
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class RunFolder:
             ConfigError: it is to go on, and there is no checkpoint that is whole.
         """
         # A process group that its launcher started again goes on: it must not delete its own run.
-        restarted = run.out is not None and int(os.environ.get(_RESTARTS) or 0) > 0
+        restarted = run.out is not None and int(os.environ.get(RESTARTS) or 0) > 0
         if not (run.resume or run.auto_resume or restarted):
             return Start(None, {}, run.overwrite)
         checkpoint, damaged = self.newest_whole()

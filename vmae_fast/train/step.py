@@ -16,9 +16,10 @@ from .distributed import Ranks
 from .graph import Capture, is_sharded
 from .optimizer import AveragedWeights, gradient_norm
 from .sharded import sync_gradients
+from .stop import STOP_SIGNALS
 
-# Figures every process adds to the exchange of the loss: bad files, SIGINT, SIGTERM.
-NUM_FLAGS = 3
+# Figures every process adds to the exchange of the loss: bad files, and each signal to stop.
+NUM_FLAGS = 1 + len(STOP_SIGNALS)
 # What clip_grad_norm_ adds to the norm.
 _CLIP_EPS = 1e-6
 

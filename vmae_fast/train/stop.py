@@ -7,9 +7,15 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+# Schedulers announce the end of a job by SIGTERM, or by a signal that is asked for: SIGUSR1, as
+# a rule, which Windows has not.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+
 
 class StopRequest:
-    """Context in which Ctrl-C and SIGTERM set a flag; the loop saves and stops at its next step.
+    """Context in which Ctrl-C, SIGTERM and SIGUSR1 set a flag, on which the loop saves and stops.
 
     A second Ctrl-C interrupts at once.
 
@@ -24,7 +30,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Handlers can only be set in the main thread; elsewhere the run cannot be signalled.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
