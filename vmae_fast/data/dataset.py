@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -94,15 +94,22 @@ class ClipBatch:
         """The batch with its tensors on ``device``, the memory layout of ``video`` kept."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def _map(self, move: Any) -> ClipBatch:
-        # The video moves as the contiguous memory that it is, so that no copy reorders it.
+    def video_to(self, device: torch.device | str) -> Tensor:
+        """The video alone on ``device``, its memory layout kept; does not wait for the copy."""
+        return self._video(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> ClipBatch:
         return replace(
             self,
-            video=move(self.video.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3),
+            video=self._video(move),
             clip=move(self.clip),
             repeat=move(self.repeat),
             epoch=move(self.epoch),
         )
+
+    def _video(self, move: Callable[[Tensor], Tensor]) -> Tensor:
+        # It moves as the contiguous memory that it is, so that no copy reorders it.
+        return move(self.video.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
 class ClipDataset(Dataset[ClipItem]):

@@ -152,8 +152,20 @@ class _Loading(Iterator[ClipBatch]):
             self.close()
             raise
 
+    def ready(self) -> bool:
+        """Whether the next call gives a batch, or its error, without waiting."""
+        if self._over():
+            return True
+        while self._receive(wait_for_one=False):
+            pass
+        came = self._came.get(self._given)
+        return came.done() if isinstance(came, Future) else came is not None
+
+    def _over(self) -> bool:
+        return self._given == self._sent or not self.close.alive
+
     def _next(self) -> ClipBatch:
-        if self._given == self._sent or not self.close.alive:
+        if self._over():
             raise StopIteration
         # What came in the meantime is taken in as well, so that it can be pinned by its turn.
         while self._receive(wait_for_one=self._given not in self._came):
@@ -196,7 +208,15 @@ class _Loading(Iterator[ClipBatch]):
         try:
             loaded = slot.worker.answer()
         except WorkerDied:
-            self._replace(slot)
+            code, path = slot.worker.end(_DYING_S)
+            complaint = self._blame(slot, code, path)
+            if complaint is None:
+                self._restart(slot)
+            else:
+                self._give_up(slot, DataError(complaint))
+            return
+        except DataError as error:
+            self._give_up(slot, error)
             return
         slot.deaths = 0
         slot.suspects.clear()
@@ -209,9 +229,8 @@ class _Loading(Iterator[ClipBatch]):
             self._pinning.submit(loaded.batch.pin_memory) if self._pinning else loaded.batch
         )
 
-    def _replace(self, slot: _Slot) -> None:
-        """Put another worker in the place of one that died, to do what that had to do."""
-        code, path = slot.worker.end(_DYING_S)
+    def _blame(self, slot: _Slot, code: int, path: str | None) -> str | None:
+        """Draw conclusions from how a worker ended; returns what to say where it is the last."""
         hung = code == -signal.SIGALRM
         if path is not None and (hung or path in slot.suspects):
             self._loader.dataset.lost[path] = (
@@ -220,17 +239,26 @@ class _Loading(Iterator[ClipBatch]):
                 else f"its decoder crashed ({_cause(code)})"
             )
             slot.deaths = 0
-        else:
-            # Once may be chance, as when the system runs out of memory.
-            slot.deaths += 1
-            if path is not None:
-                slot.suspects.add(path)
-        if slot.deaths >= _MOST_DEATHS:
-            raise DataError(_complaint(slot.deaths, code, path))
+            return None
+        # Once may be chance, as when the system runs out of memory.
+        slot.deaths += 1
+        if path is not None:
+            slot.suspects.add(path)
+        return _complaint(slot.deaths, code, path) if slot.deaths >= _MOST_DEATHS else None
+
+    def _restart(self, slot: _Slot) -> None:
+        """Put another worker in the place of one that ended, to do what that had to do."""
         jobs = slot.worker.jobs
         slot.worker = self._start()
         for number, requests in jobs.items():
             slot.worker.ask(number, requests)
+
+    def _give_up(self, slot: _Slot, error: DataError) -> None:
+        """Do without a worker: the error comes when it is the turn of what it had to do."""
+        self._came.update(dict.fromkeys(slot.worker.jobs, error))
+        if not slot.worker.ended:
+            slot.worker.end()
+        self._slots.remove(slot)
 
 
 def _end(slots: list[_Slot], pinning: ThreadPoolExecutor | None, owner: int) -> None:

@@ -35,14 +35,18 @@ from vmae_fast.models import VideoMAEConfig
 
 from .config import ConfigError, DataSettings, PretrainConfig
 from .distributed import Ranks
+from .prefetch import prefetched
 from .run_folder import digest
 from .schedule import Schedule
+from .waiting import Loading, WaitingAdvice
 
 # Cores up to which decoding in the training process itself is quicker than workers of its own.
 _FEW_CORES = 2
 _MOST_WORKERS = 16
 # Clips in the picture at the end of a run.
 _SAMPLES = 3
+# What the path of a clip in a shard has in it.
+_IN_SHARD = ".tar"
 
 
 class RunError(RuntimeError):
@@ -79,6 +83,7 @@ class Inputs:
         self.config, self.model, self.ranks = config, model, ranks
         self.notes: list[str] = []
         self.work = LoadingWork()
+        self._work_before, self._waiting = LoadingWork(), WaitingAdvice()
         self._lost: dict[str, str] = {}
         found = [self._list(source) for source in config.sources]
         files = [file for listed in found for file in listed]
@@ -87,6 +92,7 @@ class Inputs:
             for source, listed in zip(config.sources, found, strict=True)
             for name in self._names(source, listed)
         ]
+        self._packed = all(_IN_SHARD in file.path for file in files)
         self.num_files = len({file.path for file in files})
         train, val = split_validation(len(files), config.loading.val, config.run.seed)
         counts = self._clips_of(found)
@@ -108,7 +114,7 @@ class Inputs:
         return EpochOrder(self.train, self.config.run.seed, *self._repeats_and_weights())
 
     def train_batches(self, schedule: Schedule, start_step: int) -> Iterator[ClipBatch]:
-        """Micro-batches of this process from ``start_step`` on."""
+        """Micro-batches of this process from ``start_step`` on; a GPU gets their videos ahead."""
         repeats, weights = self._repeats_and_weights()
         sampler = ClipSampler(
             self.train,
@@ -130,7 +136,7 @@ class Inputs:
             decode_timeout=self.config.loading.decode_timeout,
         )
         self.work = loader.work
-        return iter(loader)
+        return prefetched(iter(loader), self.ranks.device)
 
     def batches(
         self, dataset: ClipDataset, requests: Sequence[ClipRequest], size: int
@@ -160,11 +166,41 @@ class Inputs:
         asked = self.config.loading.workers
         if asked is not None:
             return asked
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        per_rank = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if self.config.loading.cache or per_rank <= _FEW_CORES:
+        if self.config.loading.cache or self.cores <= _FEW_CORES:
             return 0
-        return min(per_rank - 1, _MOST_WORKERS)
+        return min(self.cores - 1, _MOST_WORKERS)
+
+    @property
+    def cores(self) -> int:
+        """This process's part of the cores."""
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
+        return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+
+    def waiting_advice(self, share: float) -> str | None:
+        """What to say after an interval in which the step waited for clips, if anything.
+
+        Args:
+            share: of the interval's time that it waited.
+        """
+        now, before = replace(self.work), self._work_before
+        self._work_before = now
+        clips, wall_s = now.clips - before.clips, now.wall_s - before.wall_s
+        cache, on_cpu = self.config.loading.cache, self.ranks.device.type == "cpu"
+        loading = Loading(
+            share=share,
+            workers=self.workers,
+            cores=self.cores,
+            busy_cores=self.cores if on_cpu else 1,
+            repeats=min(source.repeats for source in self.config.sources),
+            packed=self._packed,
+            cache="none" if not cache else "filling" if now.clips < len(self.train) else "full",
+            clip_s=wall_s / clips if clips else None,
+            cpu_share=(now.cpu_s - before.cpu_s) / wall_s if wall_s else None,
+        )
+        return self._waiting(loading)
 
     def validation_requests(self) -> list[ClipRequest]:
         """This process's part of the held-out clips."""
