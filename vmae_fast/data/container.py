@@ -178,12 +178,12 @@ def declared_seconds(video: OpenVideo) -> Fraction | None:
 
 def count_packets(video: OpenVideo) -> int:
     """Packets of the stream, near to its frames; the file is read to its end."""
-    return sum(packet.size > 0 for packet in _packets(video))
+    return sum(packet.size > 0 for packet in packets(video))
 
 
 def measured_seconds(video: OpenVideo) -> Fraction | None:
     """Length of the stream by its packets' times; the file is read to its end."""
-    times = [packet.pts for packet in _packets(video) if packet.pts is not None]
+    times = [packet.pts for packet in packets(video) if packet.pts is not None]
     if not times:
         return None
     return (max(times) - min(times) + (video.frame_ticks or 0)) * video.stream.time_base or None
@@ -195,7 +195,7 @@ def decoded(video: OpenVideo, *, from_keyframe: bool = False) -> Iterator[Any]:
     A packet that cannot be decoded is passed over, as players do, and so is, with
     ``from_keyframe``, what precedes the first keyframe.
     """
-    for packet in _packets(video):
+    for packet in packets(video):
         if from_keyframe and packet.size and not packet.is_keyframe:
             continue
         from_keyframe = False
@@ -212,7 +212,7 @@ def _decoded_packet(packet: Any) -> list[Any]:
     return frames
 
 
-def _packets(video: OpenVideo) -> Iterator[Any]:
+def packets(video: OpenVideo) -> Iterator[Any]:
     """The stream's packets; damage that stops the reading of a file is taken for its end."""
     import av
 
@@ -235,7 +235,7 @@ def first_time(video: OpenVideo) -> int:
     # The header's start is it, unless the file was cut out of another: then frames at its start
     # cannot be decoded.
     start = video.stream.start_time
-    opening = next(_packets(video), None)
+    opening = next(packets(video), None)
     if opening is None:
         raise SeekError
     if start is None or not opening.is_keyframe or opening.pts != start:
@@ -244,6 +244,16 @@ def first_time(video: OpenVideo) -> int:
     if start is None:
         raise SeekError
     return int(start)
+
+
+def check_seekable(video: OpenVideo) -> Fraction:
+    """Return ``video.frame_ticks``; raises ``SeekError`` where seeking cannot be trusted."""
+    ticks, name = video.frame_ticks, video.container.format.name
+    if not ticks or not video.timed or name in _NEVER_SOUGHT:
+        raise SeekError
+    if video.stream.codec_context.has_b_frames and name in _WITHOUT_TIMES:
+        raise SeekError
+    return ticks
 
 
 def run_up(video: OpenVideo, origin: int, latest: Fraction) -> Iterator[Any]:
@@ -259,12 +269,7 @@ def run_up(video: OpenVideo, origin: int, latest: Fraction) -> Iterator[Any]:
     import av
 
     stream = video.stream
-    ticks, name = video.frame_ticks, video.container.format.name
-    if not ticks or not video.timed or name in _NEVER_SOUGHT:
-        raise SeekError
-    if stream.codec_context.has_b_frames and name in _WITHOUT_TIMES:
-        raise SeekError
-    target, back = latest, ticks
+    target, back = latest, check_seekable(video)
     for _ in range(_SEEKS):
         if target <= origin:
             break

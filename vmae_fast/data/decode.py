@@ -27,7 +27,8 @@ from .container import (
     run_up,
 )
 from .frames import FrameFolderDecoder
-from .taking import ROUNDING, Taker, Wanted
+from .sparse import sparse_clip
+from .taking import Taker, Wanted, late_by
 
 __all__ = ["Clip", "DecodeError", "Decoder", "PathDecoder", "PyAVDecoder"]
 
@@ -58,13 +59,18 @@ class PyAVDecoder:
 
     Args:
         channels: 3 for RGB, 1 for grey, 4 for RGB and alpha (255 where a file has none).
+        skip_nonref: leave out frames that no other is made from and that the clip does not hold,
+            in H.264 whose time stamps tell which they are (see ``sparse_clip``); everything else
+            is decoded as ever. Clips are the same to the bit, unless a frame that was left out
+            is one that a straight decode would have passed over as damaged.
 
     Raises:
         ValueError: another number of channels.
     """
 
-    def __init__(self, channels: int = 3) -> None:
+    def __init__(self, channels: int = 3, *, skip_nonref: bool = False) -> None:
         self.channels = check_channels(channels)
+        self.skip_nonref = skip_nonref
 
     def read_clip(
         self,
@@ -80,6 +86,10 @@ class PyAVDecoder:
         """See ``Decoder.read_clip``."""
         # Raises for a wrong argument before a file is blamed.
         wanted = Wanted(frames, stride, u, fps, first, count)
+        if self.skip_nonref:
+            clip = sparse_clip(path, wanted, self.channels)
+            if clip is not None:
+                return clip
         if fps is not None:
             try:
                 return _read_by_time(path, wanted, self.channels)
@@ -113,14 +123,15 @@ class PathDecoder:
 
     Args:
         channels: of ``FrameFolderDecoder`` and ``PyAVDecoder``.
+        skip_nonref: of ``PyAVDecoder``.
 
     Raises:
         ValueError: a number of channels other than 1, 3 and 4.
     """
 
-    def __init__(self, channels: int = 3) -> None:
+    def __init__(self, channels: int = 3, *, skip_nonref: bool = False) -> None:
         self._folders = FrameFolderDecoder(channels)
-        self._files = PyAVDecoder(channels)
+        self._files = PyAVDecoder(channels, skip_nonref=skip_nonref)
 
     def _of(self, path: str) -> Decoder:
         return self._folders if os.path.isdir(path) else self._files
@@ -274,7 +285,7 @@ def _seek_and_show(
             frames = decoded(video)
         else:
             taker.origin = first_time(video)
-            latest = taker.origin + times[0] / video.stream.time_base + _slack(video)
+            latest = taker.origin + times[0] / video.stream.time_base + late_by(video)
             frames = run_up(video, taker.origin, latest)
         seconds = _show(frames, taker, times)
     except SeekError:
@@ -295,7 +306,7 @@ def _show(frames: Iterable[Any], taker: Taker, times: list[Fraction] | None) -> 
         ClockError: a time stamp is missing or does not increase.
     """
     video = taker.video
-    unit, slack = video.stream.time_base, _slack(video)
+    unit, slack = video.stream.time_base, late_by(video)
     stamps: list[Fraction] = []
     shown, kept = None, 0
     for frame in frames:
@@ -322,12 +333,3 @@ def _show(frames: Iterable[Any], taker: Taker, times: list[Fraction] | None) -> 
         taker.keep(shown, 0, left)
     assert taker.origin is not None
     return (end - taker.origin) * unit
-
-
-def _slack(video: OpenVideo) -> Fraction:
-    """By how much a time stamp may be late because it was rounded, in its own unit."""
-    ticks = video.frame_ticks
-    if ticks is None or ticks.denominator == 1:
-        return ROUNDING
-    # Never so much that a frame would be shown well before its time.
-    return min(Fraction(1, 2), ticks / 8) + ROUNDING

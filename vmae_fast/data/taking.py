@@ -118,3 +118,12 @@ class Taker:
         else:
             seconds = [math.nan] * len(self.numbers)
         return Clip(np.stack(pictures), tuple(seconds + seconds[-1:] * held))
+
+
+def late_by(video: OpenVideo) -> Fraction:
+    """By how much a time stamp may be late because it was rounded, in its own unit."""
+    ticks = video.frame_ticks
+    if ticks is None or ticks.denominator == 1:
+        return ROUNDING
+    # Never so much that a frame would be shown well before its time.
+    return min(Fraction(1, 2), ticks / 8) + ROUNDING
