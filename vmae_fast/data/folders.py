@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -105,13 +105,25 @@ def _training_part(folder: Path) -> tuple[Path, list[str]]:
         raise DataError(
             f"cannot read folder {str(folder)!r}: {error.strerror}; correct its permissions"
         ) from error
-    parts = sorted(entry.name for entry in entries if entry.is_dir())
-    media = [e.name for e in entries if e.is_file() and (_is_video(e.name) or _is_picture(e.name))]
+    parts = sorted(entry.name for entry in entries if _leads_to(entry.is_dir))
+    media = [
+        entry.name
+        for entry in entries
+        if (_is_video(entry.name) or _is_picture(entry.name)) and _leads_to(entry.is_file)
+    ]
     train = [name for name in parts if name.lower() == _TRAIN]
     others = [name for name in parts if name.lower() in _HELD_BACK]
     if not media and train and others and len(train) + len(others) == len(parts):
         return folder / train[0], others
     return folder, []
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of that kind; a link that leads back to itself is of none."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _labels(root: Path, names: list[str]) -> tuple[dict[str, str], str]:
