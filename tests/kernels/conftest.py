@@ -30,17 +30,12 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is slow runs where it is asked for; what "cuda" does not take is no test of it."""
+    """What "cuda" does not take is no test of it."""
     unsuited = [item for item in items if family_of(item) == "cuda" and not suits_cuda(item)]
     config.hook.pytest_deselected(items=unsuited)
     dropped = set(unsuited)
     items[:] = [item for item in items if item not in dropped]
     items.sort(key=of_interpreter)
-    if "slow" in config.getoption("markexpr"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
 
 
 def of_interpreter(item):
