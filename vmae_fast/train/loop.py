@@ -286,6 +286,9 @@ class Pretraining:
         counts = {"bad_files": bad, **({"skipped": skipped} if skipped else {})}
         self.metrics.write(step, {**shown, "epoch": round(epoch, 4), **counts})
         self.metrics.step({**shown, **{name: count for name, count in counts.items() if count}})
+        advice = self.setup.inputs.waiting_advice(report.pace["data_wait"])
+        if advice is not None:
+            self.metrics.say(f"step {step}: {advice}")
 
     def _validate(self, step: int) -> None:
         """Write the figures of held-out clips; before the first step those of features alone."""
