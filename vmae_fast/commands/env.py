@@ -40,6 +40,7 @@ def run(args: list[str]) -> int:
         ("backends", backend_summary(extension=False)),
         ("extension", extension_summary()),
         ("decoders", _decoder()),
+        ("torchcodec", _torchcodec()),
     ]
     rows += [
         (name, _version(name))
@@ -83,3 +84,16 @@ def _decoder() -> str:
         return f"none: PyAV cannot be imported ({error})"
     version = ".".join(map(str, av.library_versions["libavcodec"]))
     return f"PyAV {av.__version__} (libavcodec {version})"
+
+
+def _torchcodec() -> str:
+    from vmae_fast.data import DataError
+    from vmae_fast.data.with_torchcodec import about_torchcodec
+
+    version = _version("torchcodec")
+    if version == "not installed":
+        return version
+    try:
+        return about_torchcodec()
+    except DataError as error:
+        return f"{version}: {error}"

@@ -14,7 +14,7 @@ from .dataset import (
     ClipItem,
     collate_clips,
 )
-from .decode import PathDecoder, PyAVDecoder
+from .decode import PathDecoder, PyAVDecoder, make_decoder
 from .listing import VIDEO_SUFFIXES, DataError, Listing, Sampling, VideoFile
 from .loader import ClipLoader, LoadingWork, lost_files, make_loader
 from .order import ClipRequest, ClipSampler, EpochOrder
@@ -56,6 +56,7 @@ __all__ = [
     "host_rng",
     "list_videos",
     "lost_files",
+    "make_decoder",
     "make_loader",
     "multi_scale_crop_box",
     "parts_of",

@@ -25,7 +25,7 @@ _NEARLY_SQUARE: Final = 0.01
 _TOP_FIELD: Final = "mode=frame:parity=tff:deint=all:rslope=1:redge=0:interp=2p"
 
 # Twice 8K. Damaged headers give sizes up to 16383 x 16383, whose clips fill the memory.
-_MOST_PIXELS: Final = 8192 * 8192
+MOST_PIXELS: Final = 8192 * 8192
 
 # swscale's number of BT.601.
 _BT601: Final = 5
@@ -75,7 +75,7 @@ class Converter:
         if self._size is None:
             self._size = shown_size(frame.height, frame.width, self._aspect)
         height, width = self._size
-        if max(height * width, frame.height * frame.width) > _MOST_PIXELS:
+        if max(height * width, frame.height * frame.width) > MOST_PIXELS:
             raise PictureError(f"a picture of {width} x {height} pixels; the header is damaged")
         if frame.interlaced_frame:
             frame = deinterlace(frame)

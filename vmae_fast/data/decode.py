@@ -30,7 +30,7 @@ from .frames import FrameFolderDecoder
 from .sparse import sparse_clip
 from .taking import Taker, Wanted, late_by
 
-__all__ = ["Clip", "DecodeError", "Decoder", "PathDecoder", "PyAVDecoder"]
+__all__ = ["Clip", "DecodeError", "Decoder", "PathDecoder", "PyAVDecoder", "make_decoder"]
 
 
 class PyAVDecoder:
@@ -124,14 +124,17 @@ class PathDecoder:
     Args:
         channels: of ``FrameFolderDecoder`` and ``PyAVDecoder``.
         skip_nonref: of ``PyAVDecoder``.
+        files: what reads video files; a ``PyAVDecoder`` unless given.
 
     Raises:
         ValueError: a number of channels other than 1, 3 and 4.
     """
 
-    def __init__(self, channels: int = 3, *, skip_nonref: bool = False) -> None:
+    def __init__(
+        self, channels: int = 3, *, skip_nonref: bool = False, files: Decoder | None = None
+    ) -> None:
         self._folders = FrameFolderDecoder(channels)
-        self._files = PyAVDecoder(channels, skip_nonref=skip_nonref)
+        self._files = files or PyAVDecoder(channels, skip_nonref=skip_nonref)
 
     def _of(self, path: str) -> Decoder:
         return self._folders if os.path.isdir(path) else self._files
@@ -153,6 +156,27 @@ class PathDecoder:
     def read_all(self, path: str) -> Clip:
         """See ``Decoder.read_all``."""
         return self._of(path).read_all(path)
+
+
+def make_decoder(name: str = "pyav", channels: int = 3, *, skip_nonref: bool = False) -> Decoder:
+    """The decoder called "pyav" or "torchcodec", for whatever a path is.
+
+    Args:
+        name: what reads video files.
+        channels: of the clips.
+        skip_nonref: of ``PyAVDecoder``; leave it off with "torchcodec".
+
+    Raises:
+        DataError: torchcodec is asked for and cannot be used.
+        ValueError: another name or number of channels.
+    """
+    if name not in ("pyav", "torchcodec"):
+        raise ValueError(f"decoder must be pyav or torchcodec, got {name!r}")
+    if name == "pyav":
+        return PathDecoder(channels, skip_nonref=skip_nonref)
+    from .with_torchcodec import TorchCodecDecoder
+
+    return PathDecoder(channels, files=TorchCodecDecoder(channels))
 
 
 def _seek_and_take(

@@ -148,6 +148,10 @@ class LoadingSettings:
     """Mirror half of the clips."""
     cache: bool = False
     """Decode each file once and hold it in memory: for sets far smaller than memory."""
+    decoder: Literal["pyav", "torchcodec"] = "pyav"
+    """What reads video files. torchcodec is a package of its own, over the system's FFmpeg."""
+    skip_nonref: bool = False
+    """With pyav, leave out frames of H.264 that no other is made from and no clip holds."""
     workers: int | None = None
     """Decoding processes for each GPU. With 0, a file that crashes its decoder ends the run; with 1
     or more it costs its clip. None: by cores (0 on two)."""
@@ -310,6 +314,8 @@ class PretrainConfig:
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {share}")
         self._check_sources()
+        if self.loading.skip_nonref and self.loading.decoder != "pyav":
+            raise ConfigError("skip_nonref is for --decoder pyav, got torchcodec: choose one")
         if not run.timeout > 0 or run.timeout == float("inf"):
             raise ConfigError(f"timeout must be above 0 seconds, got {run.timeout}")
         for flag, asked in (("--resume", run.resume), ("--auto-resume", run.auto_resume)):

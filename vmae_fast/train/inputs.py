@@ -25,6 +25,7 @@ from vmae_fast.data import (
     VideoFile,
     clips_by_duration,
     lost_files,
+    make_decoder,
     make_loader,
     parts_of,
     read_source,
@@ -229,6 +230,9 @@ class Inputs:
             train=train,
             cache=loading.cache,
             replacements=self.train if train or not self.val else self.val,
+            decoder=make_decoder(
+                loading.decoder, self.model.in_channels, skip_nonref=loading.skip_nonref
+            ),
             channels=self.model.in_channels,
             lost=self._lost,
         )
