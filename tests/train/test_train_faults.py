@@ -32,10 +32,10 @@ def decoder(monkeypatch):
     """Let runs read their files by a decoder with faults; call with its arguments."""
 
     def use(**options):
-        def make(channels):
+        def make(*_, **__):
             return CrashingDecoder(**options)
 
-        monkeypatch.setattr("vmae_fast.data.dataset.PathDecoder", make)
+        monkeypatch.setattr("vmae_fast.train.inputs.make_decoder", make)
 
     return use
 
@@ -184,3 +184,39 @@ def test_one_video_is_enough(config, videos, tmp_path):
     result = pretrain(config)
     assert result.steps == 2
     assert result.val_loss is None
+
+
+ODD_NAMES = [
+    "with space", "tab\tin it", "two\nlines", "ünïcödé 视频", '"quoted"', "back\\slash",
+    os.fsdecode(b"not utf-8 \xff"), "line\u2028separator",
+]  # fmt: skip
+
+
+def test_odd_names_of_bad_files_are_listed_a_line_each_and_known_again(
+    config, videos, tmp_path, decoder
+):
+    """Such files crash their decoder here: a resumed run must know them by name."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for number, path in enumerate(sorted(videos.rglob("*.mp4"))):
+        (folder / f"video{number}.mp4").symlink_to(path)
+        if number < len(ODD_NAMES):
+            (folder / f"exit {ODD_NAMES[number]}.mp4").symlink_to(path)
+    config.data.data, config.loading.val, config.loading.max_bad = str(folder), 0.0, 0.9
+    config.loading.workers, config.run.save_every, config.run.log_every = 1, 3, 1
+    log = tmp_path / "log"
+    log.mkdir()
+    decoder(log=log)
+    config.optim.steps = 3
+    first = pretrain(config)
+    opened = os.listdir(log)
+    lines = (first.path / "bad_files.txt").read_text().split("\n")
+    assert len(lines) == len(ODD_NAMES) + 1
+    names = {os.path.basename(path) for path in RunFolder(first.path).read_bad_files()}
+    assert names == {f"exit {name}.mp4" for name in ODD_NAMES}
+    assert {name.partition("-")[2] for name in opened} == names
+    # As they are where that can be.
+    assert f"{folder}/exit ünïcödé 视频.mp4\tits decoder crashed (exit status 7)" in lines
+    config.optim.steps, config.run.resume = 6, True
+    assert pretrain(config).steps == 6
+    assert sorted(os.listdir(log)) == sorted(opened)

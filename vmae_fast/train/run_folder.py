@@ -12,6 +12,7 @@ RUN/checkpoints/damaged-*    those that were not what had been written when the 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -141,19 +142,26 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Write a small file whole."""
         with atomic_file(self.path / name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
 
     def write_bad_files(self, bad: dict[str, str]) -> None:
-        """Write the list of files that could not be read."""
-        lines = (f"{path}\t{reason}\n" for path, reason in sorted(bad.items()))
+        """Write the list of files that could not be read, a line each.
+
+        A path that does not fit on a line, or is no text, is written as a JSON string.
+        """
+        lines = (
+            f"{_written(path)}\t{' '.join(reason.split())}\n"
+            for path, reason in sorted(bad.items())
+        )
         self.write(self.bad_files.name, "".join(lines))
 
     def read_bad_files(self) -> dict[str, str]:
         """The list written before, path to reason."""
         if not self.bad_files.exists():
             return {}
-        lines = self.bad_files.read_text().splitlines()
-        return {path: reason for path, _, reason in (line.partition("\t") for line in lines)}
+        lines = self.bad_files.read_text(encoding="utf-8").splitlines()
+        found = (line.partition("\t") for line in lines)
+        return {_read(path): reason for path, _, reason in found}
 
     def save(
         self,
@@ -206,6 +214,15 @@ class RunFolder:
             return []
         names = (entry.name for entry in self.checkpoints.iterdir())
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
+
+
+def _written(path: str) -> str:
+    # Line breaks and tabs, and what stands for bytes that are not UTF-8.
+    return path if path.isprintable() and not path.startswith('"') else json.dumps(path)
+
+
+def _read(path: str) -> str:
+    return str(json.loads(path)) if path.startswith('"') else path
 
 
 def digest(lines: Iterable[str]) -> str:
