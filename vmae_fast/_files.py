@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, and checksums to know them again."""
 
+import errno
 import hashlib
 import os
 import re
@@ -15,6 +16,8 @@ CHECKSUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 # Files hashed at a time: hashing is bound by one core each.
 _HASHED_AT_ONCE = 4
+# Bytes free on a disk below which a write that failed is taken to have filled it.
+_FULL = 1 << 20
 
 
 @contextmanager
@@ -78,8 +81,10 @@ def write_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors' own class, and RuntimeError from torch's writer: neither is importable or
-        # specific enough to be named here.
-        raise OSError(f"could not write {path}: {error}") from error
+        # specific enough to be named here. torch's does not say that a disk is full.
+        full = shutil.disk_usage(path.parent).free < _FULL
+        reason = os.strerror(errno.ENOSPC) if full else str(error)
+        raise OSError(f"could not write {path}: {reason}") from error
 
 
 def sha256_of(path: Path) -> str:

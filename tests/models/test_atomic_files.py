@@ -1,11 +1,12 @@
 """A reader never sees half a file, nor loses the earlier one."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from vmae_fast._files import atomic_file, atomic_folder
+from vmae_fast._files import atomic_file, atomic_folder, write_errors
 
 
 def names(folder):
@@ -97,3 +98,15 @@ def test_a_folder_whose_rename_fails_is_as_before(tmp_path, monkeypatch):
     assert path.exists()
     assert names(path) == ["kept"]
     assert names(tmp_path) == ["run"]
+
+
+def test_a_full_disk_is_said_though_the_writer_does_not(tmp_path, monkeypatch):
+    """As torch's does: "unexpected pos 64 vs 0"."""
+    usage = shutil.disk_usage(tmp_path)
+    for free, said in ((1000, "No space left on device"), (10**9, "unexpected pos 64 vs 0")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        with (
+            pytest.raises(OSError, match=rf"could not write .*file: {said}"),
+            write_errors(tmp_path / "file"),
+        ):
+            raise RuntimeError("unexpected pos 64 vs 0")

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -285,3 +286,35 @@ def test_killed_fifty_times(config, tmp_path):
     moments = killed_run(config, tmp_path, kills=50, seed=1)
     # Not all of them after the end.
     assert sum(0 < step < 50 * STEPS_A_KILL for step in moments) > 25
+
+
+# ---- no room ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_no_room_for_the_part_of_one_process(config, tmp_path):
+    """All of them say so and end; there is the checkpoint before, from which they go on."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    config.optim.steps, config.run.parallel, config.run.val_every = 4, "fsdp", 100
+    file = tmp_path / "run.toml"
+
+    def run(*flags, limit=resource.RLIM_INFINITY):
+        file.write_text(to_toml(config))
+        return subprocess.run(
+            [sys.executable, *launcher, "-m", "vmae_fast.cli", "pretrain", "--config", str(file),
+             *flags],
+            env=ENVIRONMENT, capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )  # fmt: skip
+
+    assert run().returncode == 0
+    before = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
+    config.optim.steps = 8
+    failed = run("--resume", limit=700_000)
+    assert failed.returncode != 0
+    assert failed.stderr.count("the checkpoint of step 8 could not be written") == 2
+    assert failed.stderr.count("could not write to") == 2
+    assert "File too large" in failed.stderr
+    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == before
+    assert run("--resume").returncode == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-00000008").is_dir()
