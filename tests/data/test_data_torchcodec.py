@@ -279,12 +279,20 @@ def test_a_missing_package_is_named(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
-def test_missing_libraries_are_named(monkeypatch):
-    page = "Could not load libtorchcodec. Likely causes: ...\n\nlibavutil.so.60: cannot open\n"
-    refuse(monkeypatch, RuntimeError(page))
-    with pytest.raises(DataError, match="apt-get install ffmpeg") as raised:
+@pytest.mark.parametrize(
+    ("library", "advice"),
+    [("libavutil.so.60", "apt-get install ffmpeg"), ("libnvrtc.so.13", "torchcodec==0.13.0")],
+)
+def test_missing_libraries_are_named(library, advice, monkeypatch):
+    cause = OSError(f"{library}: cannot open shared object file: No such file or directory")
+    error = RuntimeError(f"Could not load libtorchcodec. Likely causes:\n\n{cause}\n[end]\n")
+    refuse(monkeypatch, error)
+    with pytest.raises(DataError, match=advice) as raised:
         make_decoder("torchcodec")
     assert "\n" not in str(raised.value)
+    refuse(monkeypatch, RuntimeError("operator is not there\nat all"))
+    with pytest.raises(DataError, match=r"\(operator is not there\); reinstall it, or use"):
+        make_decoder("torchcodec")
 
 
 def test_settings_choose_the_decoder():

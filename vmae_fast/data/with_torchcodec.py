@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
@@ -37,6 +38,9 @@ _CONTAINERS: Final = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Not told, BT.709, BT.601 (both of its names), BT.2020: numbers of H.273.
 _MATRICES: Final = (1, 2, 5, 6, 9)
 _FULL_RANGE: Final = 2
+
+_NOT_FOUND: Final = re.compile(r"(lib\S+): cannot open shared object file")
+_OF_CUDA: Final = ("libnv", "libcu", "libtorch_cuda", "libc10_cuda")
 
 _AS_IT_IS: Final = (1, 0, 0, 1)
 
@@ -106,14 +110,20 @@ def about_torchcodec() -> str:
             "torchcodec is not installed; pip install torchcodec, or use --decoder pyav"
         ) from error
     except (ImportError, OSError, RuntimeError) as error:
-        # Its own message is a page: what the loader said of each version of FFmpeg.
-        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
-        raise DecoderMissing(
-            "torchcodec cannot be loaded; it needs FFmpeg's shared libraries (apt-get install "
-            "ffmpeg) and, where torch is without CUDA, pip install torchcodec==0.13.0; or use "
-            f"--decoder pyav ({lines[-1].strip() if lines else error})"
-        ) from error
+        raise DecoderMissing(_why_not_loaded(error)) from error
     return f"{torchcodec.__version__} (FFmpeg {torchcodec.ffmpeg_major_version})"
+
+
+def _why_not_loaded(error: BaseException) -> str:
+    """One line of what torchcodec says on pages: the traceback of each FFmpeg that it tries."""
+    told = f"{error}\n{error.__cause__}"
+    missing = list(dict.fromkeys(_NOT_FOUND.findall(told)))
+    what = f"({told.strip().splitlines()[0]}); reinstall it"
+    if any(name.startswith(_OF_CUDA) for name in missing):
+        what = "without CUDA; pip install torchcodec==0.13.0, the last for such a torch"
+    elif missing:
+        what = f"without FFmpeg's libraries (one of {', '.join(missing)}); apt-get install ffmpeg"
+    return f"torchcodec cannot be loaded {what}, or use --decoder pyav"
 
 
 @dataclass(frozen=True)
