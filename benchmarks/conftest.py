@@ -15,7 +15,7 @@ from rows import DEVICE, judged, rounded
 from timing import ceilings
 
 # Their figures would be filed under the GPU. CUDA_VISIBLE_DEVICES= in the environment hides it.
-collect_ignore_glob = ["test_*_cpu.py"] if torch.cuda.is_available() else []
+collect_ignore_glob = ["test_*_cpu.py", "test_data.py"] if torch.cuda.is_available() else []
 
 # Worth most first: where the time is limited it may run out. All others come after them.
 FIRST = (

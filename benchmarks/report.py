@@ -10,6 +10,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import report_data
 from headline import MissingMarker, with_headline
 from targets import CUDA, DEVICE, TARGETS
 from words import (
@@ -84,8 +85,10 @@ def render(results: Path) -> str:
         of_ops = {name: figures for name, figures in found.items() if has_op_rows(figures)}
         parts.append(_folder_head(folder, found))
         parts += _token_tables(list(of_ops.values()))
+        if report_data.NAME in found:
+            parts.append(report_data.section(found[report_data.NAME]))
         for name, figures in found.items():
-            if name not in of_ops:
+            if name not in of_ops and name != report_data.NAME:
                 parts.append(_other(name, figures, folder / f"{name}.png"))
     return "\n".join([*parts, _missing(list(files.values()))])
 
