@@ -146,6 +146,22 @@ def test_data_sets_share_what_is_lost(folder):
     assert {bad.path for batch in under_way for bad in batch.bad} == lost.keys()
 
 
+def test_workers_hear_of_files_that_others_lost(folder):
+    """With the next batch that is asked of them, and without a death of their own."""
+    dataset = dataset_of(folder("video"))
+    batches = iter(loader_of(dataset, workers=2, steps=20))
+    workers = {worker.pid for worker in active_children()}
+    path = dataset.files[4].path
+    dataset.lost[path] = "its decoder crashed (elsewhere)"
+    # Six were asked for before.
+    for _ in range(6):
+        assert next(batches).bad == []
+    found = [next(batches) for _ in range(10)]
+    assert {worker.pid for worker in active_children()} == workers
+    assert path not in {path for batch in found for path in batch.paths}
+    assert {bad.path for batch in found for bad in batch.bad} == {path}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_death_by_chance_costs_nothing(folder, tmp_path, workers):
     """Killed once at a file that is sound: the memory ran out, say."""

@@ -216,7 +216,8 @@ class Inputs:
         """A few clips to draw, uint8 ``(C, T, H, W)``: held-out ones, or training ones."""
         indices = self.val or self.train
         chosen = indices[:: max(len(indices) // _SAMPLES, 1)][:_SAMPLES]
-        return [dataset[ClipRequest(0, i)].crops[0].permute(3, 0, 1, 2) for i in chosen]
+        requests = [ClipRequest(0, index) for index in chosen]
+        return [batch.video[0] for batch in self.batches(dataset, requests, 1)]
 
     def dataset(self, *, train: bool) -> ClipDataset:
         """Clips of all files: with random starts and crops, or middle starts and centre crops."""
