@@ -11,6 +11,8 @@ import signal
 import tempfile
 import time
 import traceback
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ from .order import ClipRequest
 
 # Seconds between two looks at whether the process that asks for batches is still there.
 _PARENT_CHECK_S: Final = 5.0
+# Buffers for batches that a worker keeps: those that are on their way, and what the step holds.
+# Others are used once.
+_BUFFERS: Final = 6
 # What the note says between two files.
 _NOTHING: Final = -1
 
@@ -79,6 +84,8 @@ class Worker:
     def __init__(self, dataset: ClipDataset, decode_timeout: float | None) -> None:
         context = get_context()
         self.jobs: dict[int, list[ClipRequest]] = {}
+        # Buffers that nothing here refers to any more; other threads may drop the last reference.
+        self._freed: deque[int] = deque()
         self._files, self._lost = dataset.files, dataset.lost
         self._told = len(self._lost)
         self._note: Any = context.RawValue(ctypes.c_int64, _NOTHING)
@@ -98,9 +105,10 @@ class Worker:
         self.jobs[number] = requests
         news = dict(islice(self._lost.items(), self._told, None))
         self._told += len(news)
+        freed = [self._freed.popleft() for _ in range(len(self._freed))]
         # Where it died, that shows when its answer is waited for.
         with suppress(OSError):
-            self.connection.send((number, requests, news))
+            self.connection.send((number, requests, news, freed))
 
     def answer(self) -> Loaded:
         """What came from it; to be called once its pipe can be read, or it has ended.
@@ -112,8 +120,8 @@ class Worker:
         if not self.connection.poll():
             raise WorkerDied
         try:
-            number, shape, *rest = self.connection.recv()
-            handle = None if shape is None else recv_handle(self.connection)
+            number, buffer, *rest = self.connection.recv()
+            handle = None if buffer is None else recv_handle(self.connection)
         except (EOFError, ConnectionError) as error:
             raise WorkerDied from error
         except (OSError, RuntimeError) as error:
@@ -124,14 +132,15 @@ class Worker:
             raised, text = rest
             raised.__cause__ = RuntimeError(f"in a process that decodes:\n{text}")
             return Loaded(number, error=raised)
-        bad, wall_s, cpu_s = rest
+        shape, bad, wall_s, cpu_s = rest
         try:
-            video, numbers = _mapped(handle, shape)
+            memory = mmap.mmap(handle, _size_of(shape))
         except OSError as error:
             raise DataError(_NO_ROOM.format(error=error)) from error
         finally:
             os.close(handle)
-        clip, repeat, epoch = numbers
+        weakref.finalize(memory, self._freed.append, buffer).atexit = False
+        video, (clip, repeat, epoch) = _tensors(memory, shape)
         paths = [self._files[index].path for index in clip.tolist()]
         batch = ClipBatch(video.permute(0, 4, 1, 2, 3), clip, repeat, epoch, paths, bad)
         return Loaded(number, batch, wall_s, cpu_s)
@@ -162,15 +171,22 @@ class Worker:
         return code, None if at == _NOTHING else self._files[at].path
 
 
-def _mapped(handle: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A batch in shared memory: uint8 video of that ``shape``, and ``(3, B)`` int64 after it."""
-    values = math.prod(shape)
+def _size_of(shape: Sequence[int]) -> int:
+    """Bytes of a batch whose video is ``(B, T, H, W, C)``."""
+    return _padded(math.prod(shape)) + 3 * 8 * shape[0]
+
+
+def _padded(size: int) -> int:
     # Numbers lie at a multiple of their size.
-    start = -(-values // 8) * 8
-    memory = mmap.mmap(handle, start + 3 * 8 * shape[0])
-    video = torch.frombuffer(memory, dtype=torch.uint8, count=values)
-    numbers = torch.frombuffer(memory, dtype=torch.int64, offset=start)
-    return video.view(*shape), numbers.view(3, shape[0])
+    return -(-size // 8) * 8
+
+
+def _tensors(memory: mmap.mmap, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A batch in memory: uint8 video of that ``shape``, and ``(3, B)`` int64 behind it."""
+    count, clips = math.prod(shape), shape[0]
+    video = torch.frombuffer(memory, dtype=torch.uint8, count=count)
+    numbers = torch.frombuffer(memory, dtype=torch.int64, offset=_padded(count), count=3 * clips)
+    return video.view(*shape), numbers.view(3, clips)
 
 
 # ---- in the process -----------------------------------------------------------------------
@@ -188,16 +204,17 @@ def _work(
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM, signal.SIGTERM})
     dataset.reading = _Watch(note, decode_timeout)
-    parent = os.getppid()
+    parent, buffers = os.getppid(), _Buffers()
     try:
         while True:
             # Workers forked later hold the pipe's other end too: it need not close with the parent.
             while not connection.poll(_PARENT_CHECK_S):
                 if os.getppid() != parent:
                     return
-            number, requests, lost = connection.recv()
+            number, requests, lost, freed = connection.recv()
             dataset.lost.update(lost)
-            _answer(dataset, connection, number, requests)
+            buffers.free(freed)
+            _answer(dataset, connection, buffers, number, requests)
     except (EOFError, ConnectionError):
         return
 
@@ -217,24 +234,28 @@ class _Watch:
 
 
 def _answer(
-    dataset: ClipDataset, connection: Connection, number: int, requests: list[ClipRequest]
+    dataset: ClipDataset,
+    connection: Connection,
+    buffers: _Buffers,
+    number: int,
+    requests: list[ClipRequest],
 ) -> None:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     try:
         items = [dataset[request] for request in requests]
-        took = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        shape = (sum(len(item.crops) for item in items), *items[0].crops[0].shape)
         try:
-            handle, shape, bad = _shared(items)
+            buffer = buffers.take(_size_of(shape))
         except OSError as error:
             raise DataError(_NO_ROOM.format(error=error)) from error
+        bad = _fill(buffer.memory, shape, items)
     except Exception as error:
         connection.send((number, None, _sendable(error), traceback.format_exc()))
         return
-    try:
-        connection.send((number, shape, bad, *took))
-        send_handle(connection, handle, None)
-    finally:
-        os.close(handle)
+    took = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    connection.send((number, buffer.number, shape, bad, *took))
+    send_handle(connection, buffer.handle, None)
+    buffers.sent(buffer)
 
 
 def _sendable(error: Exception) -> Exception:
@@ -246,33 +267,71 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _shared(items: list[ClipItem]) -> tuple[int, tuple[int, ...], list[BadFile]]:
-    """The clips joined in memory that another process can map: its handle, and what to know."""
-    shape = (sum(len(item.crops) for item in items), *items[0].crops[0].shape)
-    size = -(-math.prod(shape) // 8) * 8 + 3 * 8 * shape[0]
-    handle = _memory(size)
-    try:
-        video, numbers = _mapped(handle, shape)
-        batch = collate_clips(items, out=video)
-        for row, values in zip(numbers, (batch.clip, batch.repeat, batch.epoch), strict=True):
-            row.copy_(values)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle, shape, batch.bad
+def _fill(memory: mmap.mmap, shape: tuple[int, ...], items: list[ClipItem]) -> list[BadFile]:
+    """Join clips in memory that another process can map; returns the files that were bad."""
+    video, numbers = _tensors(memory, shape)
+    batch = collate_clips(items, out=video)
+    for row, values in zip(numbers, (batch.clip, batch.repeat, batch.epoch), strict=True):
+        row.copy_(values)
+    return batch.bad
 
 
-def _memory(size: int) -> int:
-    """A file without a name, in memory where the system has such."""
-    if hasattr(os, "memfd_create"):
-        # Not in /dev/shm, which is small in many containers.
-        handle = os.memfd_create("vmae-fast-batch")
-    else:
-        with tempfile.TemporaryFile() as file:
-            handle = os.dup(file.fileno())
-    try:
-        os.truncate(handle, size)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+@dataclass(frozen=True)
+class _Buffer:
+    """A file without a name, in memory where the system has such, and mapped here."""
+
+    number: int
+    handle: int
+    size: int
+    memory: mmap.mmap
+
+    @classmethod
+    def of(cls, number: int, size: int) -> _Buffer:
+        if hasattr(os, "memfd_create"):
+            # Not in /dev/shm, which is small in many containers.
+            handle = os.memfd_create("vmae-fast-batch")
+        else:
+            with tempfile.TemporaryFile() as file:
+                handle = os.dup(file.fileno())
+        try:
+            os.truncate(handle, size)
+            return cls(number, handle, size, mmap.mmap(handle, size))
+        except BaseException:
+            os.close(handle)
+            raise
+
+
+class _Buffers:
+    """Memory for batches, used again once the other process has dropped what was in it.
+
+    New memory costs more than what is written to it: the system makes every page as it is touched.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._kept: dict[int, _Buffer] = {}
+        self._free: list[int] = []
+
+    def take(self, size: int) -> _Buffer:
+        """One of at least ``size`` bytes."""
+        for number in self._free:
+            if self._kept[number].size >= size:
+                self._free.remove(number)
+                return self._kept[number]
+        # Too small ones would keep others from being kept.
+        for number in self._free:
+            os.close(self._kept.pop(number).handle)
+        self._free.clear()
+        self._count += 1
+        return _Buffer.of(self._count, size)
+
+    def sent(self, buffer: _Buffer) -> None:
+        """Keep it, or leave it to the other process."""
+        if len(self._kept) < _BUFFERS or buffer.number in self._kept:
+            self._kept[buffer.number] = buffer
+        else:
+            os.close(buffer.handle)
+
+    def free(self, numbers: list[int]) -> None:
+        """The other process is done with these."""
+        self._free += [number for number in numbers if number in self._kept]
