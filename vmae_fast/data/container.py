@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, Final
 
 from .clip import DecodeError, PictureError
+from .shards import opened_member
 
 _MP4: Final = "mov,mp4,m4a,3gp,3g2,mj2"
 
@@ -92,30 +93,39 @@ class OpenVideo:
 
 @contextmanager
 def opened(path: str) -> Iterator[OpenVideo]:
-    """Open the first real video stream; whatever FFmpeg raises inside becomes a DecodeError."""
+    """Open the first real video stream; whatever FFmpeg raises inside becomes a DecodeError.
+
+    Args:
+        path: a file, or a member of a tar (see ``shards.py``).
+    """
     import av
 
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            # A pipe would be waited for, and a device may never end.
-            raise DecodeError(path, "not a file")
-        # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
-        # Playlists may name other files; nothing is ever fetched.
-        with av.open(
-            os.path.abspath(path),
-            metadata_errors="replace",
-            options={"protocol_whitelist": "file"},
-        ) as container:
-            stream = _picture_stream(path, container)
-            codec = stream.codec_context
-            if codec is None:
-                raise DecodeError(path, "no decoder for its codec")
-            # Workers are processes, one a core: threads inside them would only compete.
-            codec.thread_count = 1
-            size = (codec.height, codec.width) if codec.height and codec.width else None
-            yield OpenVideo(container, stream, size)
+        with opened_member(path) as member:
+            if member is None and not stat.S_ISREG(os.stat(path).st_mode):
+                # A pipe would be waited for, and a device may never end.
+                raise DecodeError(path, "not a file")
+            # Absolute, because FFmpeg takes what precedes a colon in a relative path for a
+            # protocol. Playlists may name other files; nothing is ever fetched.
+            with av.open(
+                os.path.abspath(path) if member is None else member,
+                metadata_errors="replace",
+                options={"protocol_whitelist": "file"},
+            ) as container:
+                yield _open_video(path, container)
     except (av.error.FFmpegError, OSError, UnicodeError, PictureError) as error:
         raise DecodeError(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _open_video(path: str, container: Any) -> OpenVideo:
+    stream = _picture_stream(path, container)
+    codec = stream.codec_context
+    if codec is None:
+        raise DecodeError(path, "no decoder for its codec")
+    # Workers are processes, one a core: threads inside them would only compete.
+    codec.thread_count = 1
+    size = (codec.height, codec.width) if codec.height and codec.width else None
+    return OpenVideo(container, stream, size)
 
 
 def _picture_stream(path: str, container: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile
+from .tars import is_packed, is_tar, list_packed, list_tars
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
@@ -31,16 +32,21 @@ def list_folder(folder: Path) -> Listing:
     Raises:
         DataError: it holds none, or a folder in it cannot be read.
     """
+    if is_packed(folder):
+        return list_packed(folder)
     root, left_out = _training_part(folder)
     found = _find(root)
     if not found.videos and not found.frame_folders:
+        tars = list_tars([root / name for name in sorted(found.tars)], "folder of tars")
+        if tars is not None:
+            return Listing(tars.files, "; ".join([tars.how, *_only_train(left_out)]))
         suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
         others = found.others
         raise DataError(
-            f"no video in {str(root)!r}: looked for files ending in {suffixes} (any case) and for "
-            f"folders of numbered pictures, at any depth, and found {others} other "
-            f"file{'' if others == 1 else 's'}; name another folder, or a text list of paths for "
-            "files with other endings"
+            f"no video in {str(root)!r}: looked for files ending in {suffixes} (any case), for "
+            "tars of them and for folders of numbered pictures, at any depth, and found "
+            f"{others} other file{'' if others == 1 else 's'}; name another folder, or a text list "
+            "of paths for files with other endings"
         )
     names = sorted(found.videos + found.frame_folders)
     labels, whence = _labels(root, names)
@@ -59,14 +65,16 @@ class _Found:
     videos: list[str]  # relative to the root, with slashes
     frame_folders: list[str]
     others: int
+    tars: list[str]
 
 
 def _find(root: Path) -> _Found:
-    found = _Found([], [], 0)
+    found = _Found([], [], 0, [])
     for folder, names in _walk(root):
         place = folder.relative_to(root)
         videos = [name for name in names if _is_video(name)]
         found.videos += [(place / name).as_posix() for name in videos]
+        found.tars += [(place / name).as_posix() for name in names if is_tar(folder / name)]
         others = len(names) - len(videos)
         if not videos and _is_sequence(names):
             found.frame_folders.append(place.as_posix())
@@ -109,7 +117,8 @@ def _training_part(folder: Path) -> tuple[Path, list[str]]:
     media = [
         entry.name
         for entry in entries
-        if (_is_video(entry.name) or _is_picture(entry.name)) and _leads_to(entry.is_file)
+        if (_is_video(entry.name) or _is_picture(entry.name) or is_tar(Path(entry.path)))
+        and _leads_to(entry.is_file)
     ]
     train = [name for name in parts if name.lower() == _TRAIN]
     others = [name for name in parts if name.lower() in _HELD_BACK]
@@ -173,9 +182,13 @@ def _describe(found: _Found, whence: str, left_out: list[str]) -> str:
         said.append(whence)
     if found.others:
         said.append(f"{found.others} other file{'' if found.others == 1 else 's'} passed over")
-    if left_out:
-        said.append(f"its part train/ only; not {', '.join(f'{name}/' for name in left_out)}")
-    return "; ".join(said)
+    return "; ".join([*said, *_only_train(left_out)])
+
+
+def _only_train(left_out: list[str]) -> list[str]:
+    if not left_out:
+        return []
+    return [f"its part train/ only; not {', '.join(f'{name}/' for name in left_out)}"]
 
 
 def _join(root: Path, name: str) -> str:

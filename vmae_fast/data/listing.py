@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 VIDEO_SUFFIXES: Final = (
@@ -44,6 +44,11 @@ class VideoFile:
         count: frames used from there; None goes to the end.
         part: ``(k, n)``: this entry's clips start in the k-th of n equal parts of all starts.
         sampling: how its clips are taken; None leaves it to the data set.
+        taken_every: frames of the video that it was made of from one frame of it to the next: 1
+            but for what ``pack`` has written. A data set's own stride counts the file's frames;
+            ``sampled`` makes one of the other.
+        source: the video that it was made of, where that is known and another; entries of one are
+            held out together.
     """
 
     path: str
@@ -52,6 +57,24 @@ class VideoFile:
     count: int | None = None
     part: tuple[int, int] = (0, 1)
     sampling: Sampling | None = field(default=None, repr=False)
+    taken_every: int = 1
+    source: str | None = None
+
+    def sampled(self, sampling: Sampling) -> VideoFile:
+        """This entry with a sampling whose stride counts frames of the video it was made of.
+
+        Raises:
+            DataError: a stride that is no multiple of ``taken_every``.
+        """
+        steps, rest = divmod(sampling.stride, self.taken_every)
+        if sampling.fps is None and rest:
+            raise DataError(
+                f"stride={sampling.stride}: {self.path!r} was packed with every "
+                f"{self.taken_every}th frame of its video, so the stride must be a multiple of "
+                f"{self.taken_every}; give --stride {self.taken_every}, or pack again with "
+                f"another --stride"
+            )
+        return replace(self, sampling=replace(sampling, stride=max(steps, 1)))
 
 
 @dataclass(frozen=True)

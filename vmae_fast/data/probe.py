@@ -11,6 +11,7 @@ from .clip import NO_FRAME, DecodeError
 from .container import OpenVideo, count_packets, declared_frames, declared_seconds, decoded, opened
 from .convert import display_matrix, shown_size
 from .frames import find_frames
+from .shards import member_size
 from .tone import TRANSFERS
 
 
@@ -54,7 +55,7 @@ class VideoInfo:
 
 
 def probe(path: str) -> VideoInfo:
-    """Describe a video file or a folder of frames.
+    """Describe a video file, one in a tar, or a folder of frames.
 
     Reads headers and the first frame; the packets too, without decoding them, where the headers
     have no count of frames or no duration.
@@ -70,6 +71,9 @@ def probe(path: str) -> VideoInfo:
         rate = video.rate
         if not video.timed:
             notes.append("no time stamps")
+        size_bytes = member_size(path)
+        if size_bytes is None:
+            size_bytes = os.path.getsize(path)
         frame = next(decoded(video), None)
         if frame is None:
             raise DecodeError(path, NO_FRAME)
@@ -93,7 +97,7 @@ def probe(path: str) -> VideoInfo:
         fps=float(rate) if rate else None,
         frames=frames,
         seconds=None if seconds is None else float(seconds),
-        size_bytes=os.path.getsize(path),
+        size_bytes=size_bytes,
         **picture,
         notes=tuple(notes),
     )

@@ -8,6 +8,8 @@ from .folders import list_folder
 from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile
 from .lists import read_list
 from .rng import SPLIT, host_rng
+from .shards import split_member
+from .tars import described, is_tar, list_tars
 
 
 def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
@@ -24,6 +26,10 @@ def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
               ``metadata.jsonl`` with columns ``file_name`` and ``label`` (Hugging Face's
               VideoFolder) goes before that. Of sub-folders ``train``, ``validation``, ``test``
               (and nothing else) only ``train`` is taken;
+            - a folder that ``vmae-fast pack`` has written, known by its index;
+            - a folder with no video but in tars (at any depth), or one tar: its members whose
+              suffix is in ``VIDEO_SUFFIXES``, in the tars' order, labelled by the member ``.cls``
+              of the same key or by "label" in its ``.json``, as the webdataset library has it;
             - a text list, in one of these forms, recognised by its first line:
               ``path`` or ``path,label`` or the same divided by a tab, with CSV quoting;
               ``path label`` divided by spaces (VideoMAE V1);
@@ -32,7 +38,8 @@ def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
               ``path total label`` (frame folders of V2's fine-tuning and of MMAction).
               Blank lines, lines that start with ``#`` and a header are skipped. A path that does
               not exist is kept, and is reported as a bad file when its turn comes;
-            - a single video file: a list of one.
+            - a single video file, or a video in a tar (``shard.tar/name.mp4``): a list of one.
+              Lists may name videos in tars too.
         root: where relative paths of a list start; None is the list's own folder.
 
     Raises:
@@ -44,6 +51,8 @@ def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
         raise DataError(f"data root {str(root)!r} is not a folder; it is where lists' paths start")
     if path.is_dir():
         return list_folder(path)
+    if split_member(str(path)) is not None:
+        return Listing([described(VideoFile(str(path)))], "one video of a tar")
     if not path.exists():
         raise DataError(
             f"data={str(data)!r} does not exist; name a folder of videos, a text list of paths, "
@@ -51,7 +60,16 @@ def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
         )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return Listing([VideoFile(str(path))], "one video file")
-    return read_list(path, path.parent if root is None else Path(root).expanduser())
+    if is_tar(path):
+        listing = list_tars([path], "tar")
+        if listing is None:
+            raise DataError(
+                f"no video in {str(path)!r}: no member that can be read ends in one of "
+                f"{', '.join(suffix[1:] for suffix in VIDEO_SUFFIXES)}; look at it with tar -tf"
+            )
+        return listing
+    listing = read_list(path, path.parent if root is None else Path(root).expanduser())
+    return Listing([described(file) for file in listing.files], listing.how)
 
 
 def list_videos(data: str | Path, root: str | Path | None = None) -> list[VideoFile]:

@@ -25,6 +25,7 @@ from .container import (
 from .convert import MOST_PIXELS, display_matrix, shown_size
 from .decode import PyAVDecoder
 from .listing import DataError
+from .shards import read_member
 from .taking import Wanted, late_by
 from .tone import TRANSFERS
 
@@ -203,8 +204,9 @@ def _read(path: str, plan: _Plan) -> Clip | None:
     from torchcodec.decoders import VideoDecoder
 
     try:
+        member = read_member(path)
         decoder = VideoDecoder(
-            os.path.abspath(path),
+            os.path.abspath(path) if member is None else member,
             stream_index=plan.stream,
             dimension_order="NHWC",
             num_ffmpeg_threads=1,
@@ -221,7 +223,7 @@ def _read(path: str, plan: _Plan) -> Clip | None:
             latest = end - float(plan.unit) / 2
             seconds = [min(float(due * plan.unit), latest) for due in plan.dues]
             batch = decoder.get_frames_played_at(seconds)
-    except (RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError, OSError):
         return None
     stamps = [round(pts / plan.unit) for pts in batch.pts_seconds.tolist()]
     if not all(map(plan.fits, stamps, plan.dues)):
