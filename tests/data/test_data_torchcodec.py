@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+import tarfile
 from fractions import Fraction
 
 import numpy as np
@@ -241,6 +242,17 @@ def test_a_data_set_by_it(tmp_path, clips):
     assert given.times_s == expected.times_s
     far = given.crops[0].int() - expected.crops[0].int()
     assert far.abs().max() <= CLOSE
+
+
+@needs_torchcodec
+def test_members_of_tar_files(tmp_path, clips, by_torchcodec):
+    clips.write_video(tmp_path / "video.mp4", gop=20)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(tmp_path / "video.mp4", "name.mp4")
+    assert_same(tmp_path / "shard.tar" / "name.mp4")
+    assert by_torchcodec == [True] * len(BY_STRIDE + BY_TIME)
+    with pytest.raises(DecodeError, match="no such member"):
+        TorchCodecDecoder().read_clip(str(tmp_path / "shard.tar" / "none.mp4"), 4, 1, 0.5)
 
 
 @needs_torchcodec
