@@ -26,7 +26,6 @@ from .convert import MOST_PIXELS, display_matrix, shown_size
 from .decode import PyAVDecoder
 from .listing import DataError
 from .shards import read_member
-from .shards import read_member
 from .taking import Wanted, late_by
 from .tone import TRANSFERS
 
