@@ -167,7 +167,7 @@ def test_defaults_are_those_of_the_recipe(help_of):
         "--epochs": "--steps instead",
         "--cache": "on",
         "--resume": "off",
-        "--workers": "by cores (0 on two)",
+        "--workers": "by cores (0 where two compute, and with --cache)",
         "--precision": "auto",
     }
     assert {flag: shown.get(flag) for flag in expected} == {k: str(v) for k, v in expected.items()}

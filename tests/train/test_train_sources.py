@@ -264,3 +264,40 @@ def test_the_hybrid_recipe_is_published():
     assert config.optim.clip_grad == 0.02
     assert schedule.total_steps == round(300 * 1_350_000 / 2048)
     assert config.model.overrides()["decoder_mask_ratio"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "cache", "expected"),
+    [
+        ("cpu", 1, False, 0), ("cpu", 2, False, 0), ("cpu", 3, False, 2), ("cpu", 64, False, 16),
+        # Beside a GPU even one core decodes while it computes.
+        ("cuda", 1, False, 1), ("cuda", 2, False, 1), ("cuda", 8, False, 7), ("cuda", 8, True, 0),
+    ],
+)  # fmt: skip
+def test_workers_by_cores(folders, monkeypatch, device, cores, cache, expected):
+    config = mixture((folders[0], {}))
+    config.loading.workers, config.loading.cache = None, cache
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    inputs = Inputs(config, MODEL, Ranks(0, 1, torch.device(device)))
+    assert inputs.workers == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert inputs.cores == max(cores // 2, 1)
+
+
+def test_what_to_do_about_waiting_comes_from_the_run(folders, monkeypatch):
+    """Figures of the clips that were loaded since the last time."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    config = mixture((folders[0], {}))
+    config.loading.workers = 1
+    inputs = Inputs(config, MODEL, Ranks(0, 1, torch.device("cpu")))
+    epoch = inputs.epoch()
+    batches = inputs.train_batches(Schedule.of(config, epoch.files, 1, epoch.clips), 0)
+    assert inputs.waiting_advice(0.5) is None  # loading starts up
+    for _ in range(4):
+        next(batches)
+    assert inputs.waiting_advice(0.05) is None
+    for _ in range(4):
+        next(batches)
+    text = inputs.waiting_advice(0.5)
+    assert text.startswith("the step waited for clips 50% of the time (a clip takes ")
+    assert inputs.waiting_advice(0.6) is None  # said already

@@ -154,7 +154,7 @@ class LoadingSettings:
     """With pyav, leave out frames of H.264 that no other is made from and no clip holds."""
     workers: int | None = None
     """Decoding processes for each GPU. With 0, a file that crashes its decoder ends the run; with 1
-    or more it costs its clip. None: by cores (0 on two)."""
+    or more it costs its clip. None: by cores (0 where two compute, and with --cache)."""
     decode_timeout: float | None = 300.0
     """Seconds that a decoding process may be at one file; after them it is ended, and the file is
     bad."""

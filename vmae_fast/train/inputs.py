@@ -41,7 +41,8 @@ from .run_folder import digest
 from .schedule import Schedule
 from .waiting import Loading, WaitingAdvice
 
-# Cores up to which decoding in the training process itself is quicker than workers of its own.
+# Cores up to which, where they compute the step too, decoding in the training process itself is
+# quicker than workers of its own.
 _FEW_CORES = 2
 _MOST_WORKERS = 16
 # Clips in the picture at the end of a run.
@@ -167,9 +168,10 @@ class Inputs:
         asked = self.config.loading.workers
         if asked is not None:
             return asked
-        if self.config.loading.cache or self.cores <= _FEW_CORES:
+        computes = self.ranks.device.type == "cpu"
+        if self.config.loading.cache or (computes and self.cores <= _FEW_CORES):
             return 0
-        return min(self.cores - 1, _MOST_WORKERS)
+        return max(min(self.cores - 1, _MOST_WORKERS), 1)
 
     @property
     def cores(self) -> int:
