@@ -109,7 +109,12 @@ def test_a_process_that_hangs_is_reported(config):
     ):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    os.kill(child_of(process.pid, rank=1), signal.SIGSTOP)
+    goes_on, hangs = (child_of(process.pid, rank) for rank in (0, 1))
+    os.kill(hangs, signal.SIGSTOP)
+    while Path(f"/proc/{goes_on}/environ").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    # Else torchrun waits half a minute for it.
+    os.kill(hangs, signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "the run is given up after 6 s (--timeout)" in output
@@ -124,6 +129,7 @@ def test_a_process_that_hangs_is_reported(config):
 
 
 def child_of(launcher, rank):
+    """The process of a rank, by its launcher's."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)

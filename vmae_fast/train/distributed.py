@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .config import ConfigError
+from .meeting import agent_store, meet
 
 # How often torchrun has started this process group again.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -36,11 +38,13 @@ class Ranks:
         rank: its number; 0 writes files and prints.
         world_size: how many there are.
         device: where it computes.
+        start: a name that the processes have in common, and none of an earlier start has.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    start: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -92,11 +96,21 @@ def process_group(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, chosen)
         return
+    place: dict[str, Any] = {}
+    store, name = agent_store(timeout_s), ""
+    if store is not None:
+        rank = int(os.environ["RANK"])
+        name = meet(store, rank, world_size, timeout_s)
+        place = {
+            "store": dist.PrefixStore(f"vmae-fast/{name}", store),  # type: ignore[attr-defined]
+            "rank": rank,
+            "world_size": world_size,
+        }
     dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s)
+        "nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s), **place
     )
     try:
-        yield Ranks(dist.get_rank(), world_size, chosen)
+        yield Ranks(dist.get_rank(), world_size, chosen, name)
     finally:
         # What holds the group in cycles, as DistributedDataParallel does, goes before it: else its
         # threads may end with the interpreter, which can abort.

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vmae_fast._files import atomic_file
+
 # Where there is no terminal, a line at most this often (seconds).
 LOG_INTERVAL = 5.0
 
@@ -34,9 +36,10 @@ class Metrics:
 
         self.file = path / "metrics.jsonl"
         kept = [row for row in read_metrics(self.file) if row["step"] <= start_step]
-        self._jsonl = self.file.open("w")
-        for row in kept:
-            self._jsonl.write(json.dumps(row) + "\n")
+        # Whole or as it was: a run may be killed here too.
+        with atomic_file(self.file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._jsonl = self.file.open("a")
         self._board = SummaryWriter(str(path / "tensorboard"), purge_step=start_step + 1)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .distributed import RESTARTS, Ranks
+from .distributed import Ranks
 
 # Of the time that is waited for a process that hangs: after the first part the others look where
 # each is, after the second they say so, before the process group gives up.
@@ -96,7 +96,7 @@ class Watch:
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                 wait_for_workers=False,
             )  # fmt: skip
-            prefix = f"vmae-fast/{os.environ.get(RESTARTS, 0)}"
+            prefix = f"vmae-fast/places/{self.ranks.start}"
             said = False
             while not self._end.wait(self._interval):
                 stalled_s = time.monotonic() - self._since
