@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.context
 import statistics
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from .apart import CRASHED, run_apart
 from .clip import DecodeError
 from .dataset import ClipDataset
 from .listing import VideoFile
@@ -156,48 +153,17 @@ def check_files(
 
     count = len(dataset.files)
     size = max(1, min(_AT_A_TIME, count // (2 * workers)))
-    left = deque(list(range(count))[k : k + size] for k in range(0, count, size))
-    while left:
-        for index in _pass(dataset, left, workers, note):
-            # Which of those under way it was shows in a process of its own.
-            suspect = deque([[index]])
-            if _pass(dataset, suspect, 1, note):
-                path = dataset.files[index].path
-                note([index], [CheckedFile(path, None, None, "its decoder crashed")])
+    run_apart(
+        (list(range(count))[k : k + size] for k in range(0, count, size)),
+        _check,
+        workers=workers,
+        start=_start,
+        arguments=(dataset,),
+        crashed=lambda index: CheckedFile(dataset.files[index].path, None, None, CRASHED),
+        note=note,
+    )
     files = [found[index] for index in range(count)]
     return Report(files, workers, time.perf_counter() - started)
-
-
-def _pass(
-    dataset: ClipDataset,
-    left: deque[list[int]],
-    workers: int,
-    note: Callable[[list[int], list[CheckedFile]], None],
-) -> list[int]:
-    """Take tasks off ``left`` until none is left or a process died; what was under way then."""
-    lost: list[int] = []
-    under_way: dict[Future[list[CheckedFile]], list[int]] = {}
-    with ProcessPoolExecutor(workers, _context(), _start, (dataset,)) as pool:
-        while (left or under_way) and not lost:
-            while left and len(under_way) < 2 * workers:
-                under_way[pool.submit(_check, left[0])] = left[0]
-                left.popleft()
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                task = under_way.pop(future)
-                try:
-                    note(task, future.result())
-                except BrokenProcessPool:
-                    lost += task
-    return lost + [index for task in under_way.values() for index in task]
-
-
-def _context() -> multiprocessing.context.BaseContext:
-    # Neither a fork, which threads of this process do not survive, nor an import for each.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 # ---- in the processes ---------------------------------------------------------------------
