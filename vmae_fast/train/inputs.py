@@ -48,7 +48,7 @@ _MOST_WORKERS = 16
 # Clips in the picture at the end of a run.
 _SAMPLES = 3
 # What the path of a clip in a shard has in it.
-_IN_SHARD = ".tar"
+_IN_SHARD = ".tar/"
 
 
 class RunError(RuntimeError):
