@@ -55,12 +55,20 @@ def wait_for_step(config, step, process, seconds=90):
     raise AssertionError("the run did not get there")
 
 
+def child_of(launcher, rank):
+    """The process of a rank, by its launcher's."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError("no such process")
+
+
 def weights(config, step):
     name = f"step-{step:08d}"
     return load_file(Path(config.run.out) / "checkpoints" / name / "model.safetensors")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(config, number):
     process = start(command(config, steps=100_000, save_every=100_000, val_every=100_000))
     wait_for_step(config, 3, process)
@@ -165,13 +173,19 @@ def test_two_ranks_equal_one(config, tmp_path, extra):
     assert listed[1].read_text() == listed[0].read_text() != ""
 
 
-def test_two_ranks_stop_together(config):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["all", "one of them"])
+def test_two_ranks_stop_together(config, number):
+    """After the same step, and save it once: what a scheduler sends to all or to one."""
     arguments = command(config, steps=100_000, save_every=100_000, val_every=100_000)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     process = start([*launcher, *arguments])
     wait_for_step(config, 2, process, seconds=120)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.kill(child_of(process.pid, rank=1), number)
     output, _ = process.communicate(timeout=120)
     (checkpoint,) = (Path(config.run.out) / "checkpoints").iterdir()
     VideoMAE.from_pretrained(checkpoint)
-    assert output.count("stopped by SIGTERM") == 1
+    assert output.count(f"stopped by {signal.Signals(number).name}") == 1
+    assert output.count("vmae-fast:") == 0
