@@ -6,6 +6,7 @@ import math
 import os
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,11 +115,35 @@ class FrameFolderDecoder:
             raise DecodeError(
                 path, "a folder of pictures has no clock; use a stride in place of fps"
             )
+        length, name_of = self._part(path, first, count)
+        return self._read(path, [name_of(k) for k in clip_indices(length, frames, stride, u)])
+
+    def read_all(self, path: str) -> Clip:
+        """See ``Decoder.read_all``."""
+        return self._read(path, [name for name, _ in self._list(path)])
+
+    def every(
+        self, path: str, stride: int, first: int | None = None, count: int | None = None
+    ) -> Iterator[Frames]:
+        """Every ``stride``-th picture ``(H, W, channels)`` of a part, one at a time.
+
+        Raises:
+            DecodeError: as ``read_clip``.
+        """
+        length, name_of = self._part(path, first, count)
+        size: tuple[int, int] | None = None
+        for position in range(0, length, stride):
+            picture = self._open(path, name_of(position), size)
+            size = size or (picture.shape[1], picture.shape[0])
+            yield picture
+
+    def _part(
+        self, path: str, first: int | None, count: int | None
+    ) -> tuple[int, Callable[[int], str]]:
+        """Length of a part, and the name of the picture at a position in it."""
         names = self._list(path)
         if first is None and count is None:
-            return self._read(
-                path, [names[k][0] for k in clip_indices(len(names), frames, stride, u)]
-            )
+            return len(names), lambda position: names[position][0]
         numbers = [number for _, number in names]
         first = numbers[0] if first is None else first
         left = numbers[-1] + 1 - first
@@ -126,14 +151,8 @@ class FrameFolderDecoder:
         # A part that lies in a gap of the numbers has no frame of its own.
         if left < 1 or bisect_left(numbers, first) == bisect_left(numbers, first + left):
             raise behind_end(path, first, len(names))
-        wanted = [first + k for k in clip_indices(left, frames, stride, u)]
-        return self._read(
-            path, [names[max(bisect_right(numbers, number) - 1, 0)][0] for number in wanted]
-        )
-
-    def read_all(self, path: str) -> Clip:
-        """See ``Decoder.read_all``."""
-        return self._read(path, [name for name, _ in self._list(path)])
+        begin = first
+        return left, lambda position: names[max(bisect_right(numbers, begin + position) - 1, 0)][0]
 
     def _list(self, path: str) -> list[tuple[str, int]]:
         try:
