@@ -17,6 +17,7 @@ from crashing import SLOW_S, CrashingDecoder, StrangeError
 from vmae_fast.data import (
     BadFile,
     ClipDataset,
+    ClipRequest,
     ClipSampler,
     DataError,
     list_videos,
@@ -230,6 +231,30 @@ def test_deaths_without_a_file_to_blame(folder):
     assert no_child_is_left()
 
 
+class Dying(ClipDataset):
+    """Ends its process at one file before it is opened."""
+
+    def __getitem__(self, request):
+        if request.index == 0:
+            os._exit(3)
+        return super().__getitem__(request)
+
+
+def test_the_complaint_comes_when_it_is_its_turn(folder):
+    """Not while what came before is still under way."""
+    files = dataset_of(folder("slow", faulty=range(1, 10))).files
+    dataset = Dying(
+        files, frames=4, stride=2, image_size=(32, 32), decoder=CrashingDecoder(), train=False
+    )
+    requests = [[ClipRequest(0, index)] for index in (1, 0)]
+    requests[0] *= 5  # a second, in which the other one dies for the last time
+    batches = iter(make_loader(dataset, requests, workers=2, pin_memory=False))
+    assert next(batches).clip.tolist() == [1] * 5
+    with pytest.raises(DataError, match="4 times in a row"):
+        next(batches)
+    assert no_child_is_left()
+
+
 def test_deaths_at_ever_other_files(folder, tmp_path):
     """As where memory is short: no file is to blame."""
     dataset = dataset_of(folder("crash", faulty=range(10)), CrashingDecoder(only_once=tmp_path))
@@ -289,9 +314,10 @@ def test_memory_is_used_again_once_a_batch_is_gone(folder):
     """And not before: what is held stays as it is, and another size gets memory of its own."""
     dataset = dataset_of(folder("video"))
     requests = list(loader_of(dataset, steps=60).requests)
-    requests[30:40] = [batch[:3] for batch in requests[30:40]]
+    # Small ones first, so that memory for them is there when larger ones come.
+    requests[:10] = [batch[:3] for batch in requests[:10]]
     expected = content(make_loader(dataset, requests, workers=0, pin_memory=False))
-    held, seen = [], set()
+    held, seen, used = [], set(), set()
     batches = iter(make_loader(dataset, requests, workers=1, pin_memory=False))
     (worker,) = active_children()
     for number in range(60):
@@ -303,11 +329,14 @@ def test_memory_is_used_again_once_a_batch_is_gone(folder):
         elif number % 10 == 5:
             held.append((number, None, batch.clip))
         seen.add(len(shared_files(worker.pid)))
+        used |= shared_files(os.getpid())
     for number, batch, clip in held:
         assert batch is None or content([batch]) == expected[number : number + 1]
         assert clip.tolist() == expected[number][1]
     # Never more than it keeps, and the one that it fills.
     assert max(seen) <= worker_module._BUFFERS + 1
+    # A set for each of the two sizes, and one for each that was held: of sixty.
+    assert len(used) <= 2 * worker_module._BUFFERS + len(held)
 
 
 def shared_files(pid):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,7 @@ def test_damaged_files_end_no_run(config, sources, tmp_path, count):
     assert result.steps == 2 * count // 8
 
     listed = RunFolder(result.path).read_bad_files()
+    print(f"{count} damaged files, {len(listed)} of them listed: {Counter(listed.values())}")
     assert all(reason and len(reason) < 100 for reason in listed.values())
     assert not [reason for reason in listed.values() if "hung" in reason]
     # One by one, by another data set of the same draws.

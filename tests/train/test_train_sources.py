@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmae_fast.data import synthetic_videos
+from vmae_fast.data import LoadingWork, synthetic_videos
 from vmae_fast.models import VideoMAEConfig
 from vmae_fast.train import (
     ConfigError,
@@ -301,3 +301,11 @@ def test_what_to_do_about_waiting_comes_from_the_run(folders, monkeypatch):
     text = inputs.waiting_advice(0.5)
     assert text.startswith("the step waited for clips 50% of the time (a clip takes ")
     assert inputs.waiting_advice(0.6) is None  # said already
+
+    asked = []
+    monkeypatch.setattr(inputs, "_waiting", asked.append)
+    for inputs.work in (LoadingWork(90, 3.0, 2.0), LoadingWork(100, 4.0, 2.25)):
+        inputs.waiting_advice(0.5)
+    assert asked[1].clip_s == pytest.approx(0.1)
+    assert asked[1].cpu_share == pytest.approx(0.25)
+    assert (asked[1].workers, asked[1].cores, asked[1].busy_cores) == (1, 8, 8)
