@@ -16,6 +16,7 @@ COMMANDS = {
     "pretrain": "train a VideoMAE on a folder of videos (or on made ones)",
     "preview": "draw what a model is fed: frames, masks, files and times",
     "check": "read every file of a data set: what it holds, what is bad, how quick it loads",
+    "pack": "rewrite a data set once, into short videos that are quick to read",
     "plan": "say what a run takes: memory, largest batch, time",
     "reconstruct": "show what a checkpoint makes of a masked video",
     "convert": "write a checkpoint in another dialect",

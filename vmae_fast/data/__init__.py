@@ -21,7 +21,7 @@ from .order import ClipRequest, ClipSampler, EpochOrder
 from .parts import clips_by_duration, parts_of
 from .rng import host_rng
 from .sampling import CENTER_START, clip_indices, clip_span
-from .sources import list_videos, read_source, split_validation
+from .sources import list_videos, read_source, split_by_source, split_validation
 from .synthetic import MOTIONS, render_motion, synthetic_videos
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "parts_of",
     "read_source",
     "render_motion",
+    "split_by_source",
     "split_validation",
     "synthetic_videos",
 ]

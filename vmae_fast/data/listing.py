@@ -11,6 +11,12 @@ VIDEO_SUFFIXES: Final = (
 )
 
 
+def ordinal(number: int) -> str:
+    """A number as in "every 4th"."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10)
+    return f"{number}{ending or 'th'}"
+
+
 class DataError(ValueError):
     """A data set that the user named cannot be used; the message says what to do next."""
 
@@ -70,8 +76,8 @@ class VideoFile:
         if sampling.fps is None and rest:
             raise DataError(
                 f"stride={sampling.stride}: {self.path!r} was packed with every "
-                f"{self.taken_every}th frame of its video, so the stride must be a multiple of "
-                f"{self.taken_every}; give --stride {self.taken_every}, or pack again with "
+                f"{ordinal(self.taken_every)} frame of its video, so the stride must be a multiple "
+                f"of {self.taken_every}; give --stride {self.taken_every}, or pack again with "
                 f"another --stride"
             )
         return replace(self, sampling=replace(sampling, stride=max(steps, 1)))

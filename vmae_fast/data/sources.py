@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .folders import list_folder
@@ -75,6 +76,28 @@ def read_source(data: str | Path, root: str | Path | None = None) -> Listing:
 def list_videos(data: str | Path, root: str | Path | None = None) -> list[VideoFile]:
     """The files of :func:`read_source`, which raises what that does."""
     return read_source(data, root).files
+
+
+def split_by_source(
+    files: Sequence[VideoFile], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """``split_validation``, with entries made of one video (``source``) on one side.
+
+    Entries that do not name a source are each on their own, so that without any the split is
+    that of ``split_validation(len(files), share, seed)``.
+
+    Returns:
+        ``(train, validation)``, indices into ``files``, both ascending.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, file in enumerate(files):
+        groups.setdefault(index if file.source is None else file.source, []).append(index)
+    members = list(groups.values())
+    train, held_out = split_validation(len(members), share, seed)
+    return (
+        sorted(index for group in train for index in members[group]),
+        sorted(index for group in held_out for index in members[group]),
+    )
 
 
 def split_validation(num_files: int, share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile
+from .listing import VIDEO_SUFFIXES, DataError, Listing, VideoFile, ordinal
 from .shards import TAR_SUFFIX, Members, members_of, read_member, split_member
 
 INDEX: Final = "index.json"
@@ -68,8 +68,8 @@ def list_packed(folder: Path) -> Listing:
         raise DataError(f"{str(folder / INDEX)!r} lists no sample; pack again with --overwrite")
     return Listing(
         files,
-        f"packed: {len(files)} segments of {len(index['sources'])} videos in "
-        f"{len(index['shards'])} shards, every {_nth(stride)} frame",
+        f"packed: {len(files)} segments of {len({row[1] for _, row in rows})} "
+        f"videos in {len(index['shards'])} shards, every {ordinal(stride)} frame",
     )
 
 
@@ -102,7 +102,7 @@ def list_tars(tars: Iterable[Path], found: str) -> Listing | None:
         said.append("labels from .cls or .json")
     strides = sorted({file.taken_every for file in files} - {1})
     if strides:
-        said.append("packed with every " + " or ".join(_nth(s) for s in strides) + " frame")
+        said.append("packed with every " + " or ".join(ordinal(s) for s in strides) + " frame")
     if damaged:
         said.append(f"what is left of {len(damaged)} damaged: {'; '.join(damaged[:3])}")
     return Listing(files, "; ".join(said))
@@ -197,11 +197,6 @@ def _text(tar: str, name: str) -> str:
 
 def _source(index: dict[str, Any], number: int) -> str:
     return posixpath.join(index["root"], index["sources"][number][0])
-
-
-def _nth(stride: int) -> str:
-    ending = "th" if stride % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(stride % 10)
-    return f"{stride}{ending or 'th'}"
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

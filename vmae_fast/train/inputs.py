@@ -29,7 +29,7 @@ from vmae_fast.data import (
     make_loader,
     parts_of,
     read_source,
-    split_validation,
+    split_by_source,
     synthetic_videos,
 )
 from vmae_fast.models import VideoMAEConfig
@@ -96,7 +96,7 @@ class Inputs:
         ]
         self._packed = all(_IN_SHARD in file.path for file in files)
         self.num_files = len({file.path for file in files})
-        train, val = split_validation(len(files), config.loading.val, config.run.seed)
+        train, val = split_by_source(files, config.loading.val, config.run.seed)
         counts = self._clips_of(found)
         firsts = np.cumsum([0, *counts])
         self.files = [
@@ -251,7 +251,7 @@ class Inputs:
         else:
             listing, called = read_source(source.data, source.data_root), source.data
         self.notes.append(f"data: {called}: {listing.how}")
-        return [replace(file, sampling=source.sampling) for file in listing.files]
+        return [file.sampled(source.sampling) for file in listing.files]
 
     def _clips_of(self, found: list[list[VideoFile]]) -> list[int]:
         """Clips of every file in an epoch."""
