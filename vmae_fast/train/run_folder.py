@@ -182,7 +182,10 @@ class RunFolder:
         ranks = ranks or alone()
         write_checkpoint(path, step, model, optimizer, average, extra, ranks)
         for old in self._steps()[:-keep] if ranks.is_main else ():
-            shutil.rmtree(self.checkpoints / f"step-{old:08d}", ignore_errors=True)
+            # Under its name it is whole for as long as it is there.
+            going = self.checkpoints / f".step-{old:08d}.old"
+            (self.checkpoints / f"step-{old:08d}").rename(going)
+            shutil.rmtree(going, ignore_errors=True)
         return path
 
     def newest_whole(self) -> tuple[Path | None, dict[Path, str]]:
