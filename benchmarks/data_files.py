@@ -86,8 +86,3 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         fine = F.interpolate(torch.from_numpy(coarse), size=(height, width), mode="bicubic")
         total += fine * step**0.5
     return (128 + 45 * total[0] / total.std()).permute(1, 2, 0).numpy()
-
-
-def kbit_per_s(paths: list[Path], seconds: float = FRAMES / RATE) -> float:
-    """Mean bits a second of files, with what the container adds."""
-    return sum(path.stat().st_size for path in paths) * 8 / 1000 / seconds / len(paths)

@@ -21,6 +21,7 @@ from vmae_fast.data import (
     ClipDataset,
     ClipRequest,
     DataError,
+    Sampling,
     VideoFile,
     clip_indices,
     host_rng,
@@ -52,19 +53,19 @@ class Way:
     call: Callable[[int, int], Any]
 
 
-def ways(files: list[VideoFile], stride: int = STRIDE) -> tuple[list[Way], dict[str, str]]:
+def ways(files: list[VideoFile]) -> tuple[list[Way], dict[str, str]]:
     """Every way to load these files that there is here, and why others are left out."""
-    plain = dataset(files, stride)
+    plain = dataset(files)
     found = [
         Way(DECODE, 1, lambda epoch, index: decode(plain, epoch, index)),
         Way("ours", 1, lambda epoch, index: load(plain, epoch, index)),
         Way(f"ours, {REPEATS} repeats", REPEATS, lambda e, i: load(plain, e, i, REPEATS)),
     ]
-    skipping = dataset(files, stride, skip_nonref=True)
+    skipping = dataset(files, skip_nonref=True)
     found.append(Way("ours, skip_nonref", 1, lambda epoch, index: load(skipping, epoch, index)))
     left_out: dict[str, str] = {}
     try:
-        other = dataset(files, stride, name="torchcodec")
+        other = dataset(files, name="torchcodec")
         found.append(Way("ours by torchcodec", 1, lambda epoch, index: load(other, epoch, index)))
     except DataError as error:
         left_out["ours by torchcodec"] = str(error)
@@ -78,8 +79,8 @@ def ways(files: list[VideoFile], stride: int = STRIDE) -> tuple[list[Way], dict[
 
 
 def packed_ways(files: list[VideoFile]) -> list[Way]:
-    """Ours on a packed data set, whose frames are a stride apart already."""
-    packed = dataset(files, 1)
+    """Ours on a packed data set."""
+    packed = dataset([file.sampled(Sampling(STRIDE)) for file in files])
     return [
         Way(DECODE, 1, lambda epoch, index: decode(packed, epoch, index)),
         Way("ours", 1, lambda epoch, index: load(packed, epoch, index)),
@@ -87,12 +88,10 @@ def packed_ways(files: list[VideoFile]) -> list[Way]:
     ]
 
 
-def dataset(
-    files: list[VideoFile], stride: int, name: str = "pyav", skip_nonref: bool = False
-) -> ClipDataset:
+def dataset(files: list[VideoFile], name: str = "pyav", skip_nonref: bool = False) -> ClipDataset:
     """Clips of 16 frames for 224 x 224 pixels, by a decoder."""
     decoder = make_decoder(name, skip_nonref=skip_nonref)
-    return ClipDataset(files, frames=LENGTH, stride=stride, image_size=SIZE, decoder=decoder)
+    return ClipDataset(files, frames=LENGTH, stride=STRIDE, image_size=SIZE, decoder=decoder)
 
 
 def load(clips: ClipDataset, epoch: int, index: int, repeats: int = 1) -> list[torch.Tensor]:
@@ -103,7 +102,8 @@ def load(clips: ClipDataset, epoch: int, index: int, repeats: int = 1) -> list[t
 def drawn(clips: ClipDataset, epoch: int, index: int, num_frames: int) -> list[int]:
     """Numbers of the frames that ClipDataset takes of a file in a round."""
     u = host_rng(clips.seed, stream=START, epoch=epoch, clip=index).random()
-    return clip_indices(num_frames, clips.frames, clips.sampling.stride, u)
+    sampling = clips.files[index].sampling or clips.sampling
+    return clip_indices(num_frames, clips.frames, sampling.stride, u)
 
 
 def decode(clips: ClipDataset, epoch: int, index: int) -> int:

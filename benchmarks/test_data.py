@@ -17,13 +17,15 @@ from data_loaders import (
     STRIDE,
     measure,
     median_ratio,
+    packed_ways,
     versions,
     ways,
 )
 from rows import rounded
 from targets import DATA_TARGETS
 
-from vmae_fast.data import VideoFile
+from vmae_fast.data import VideoFile, read_source
+from vmae_fast.data.pack import pack
 
 FILES, ROUNDS = 8, 9
 
@@ -43,23 +45,28 @@ def test_data(benchmark, record, tmp_path):
 
 def loading(count, rounds, frames, folder):
     """All figures, for so many files of each kind with so many frames."""
-    found, kinds, left_out = {}, [], {}
+    found, kinds, left_out, seconds = {}, [], {}, frames / data_files.RATE
     for gop in data_files.GOPS:
         kind = f"GOP {gop}"
         paths = data_files.videos(gop, count, frames)
         here, left_out = ways([VideoFile(str(path)) for path in paths])
         found |= {(kind, way.name): way for way in here}
-        kinds.append(about(kind, paths, frames / data_files.RATE))
+        kinds.append(about(kind, sum(path.stat().st_size for path in paths), count, seconds))
+        packed = folder / f"packed{gop}"
+        written = pack([VideoFile(str(path)) for path in paths], packed, stride=STRIDE)
+        kind = f"packed {kind}"
+        found |= {(kind, way.name): way for way in packed_ways(read_source(packed).files)}
+        kinds.append(about(kind, written.size_bytes, count, seconds))
     times = measure(found, count, rounds)
     return rounded(
         {
             "title": "Loading video",
             "what": (
                 f"clips of {LENGTH} frames at stride {STRIDE}, cropped and scaled to "
-                f"{SIZE[0]}x{SIZE[1]}, out of {count} files of {frames / data_files.RATE:g} s of "
+                f"{SIZE[0]}x{SIZE[1]}, out of {count} files of {seconds:g} s of "
                 f"{data_files.WIDTH}x{data_files.HEIGHT} H.264 at {data_files.RATE} fps with "
-                f"B-frames and film grain; {rounds} rounds of a clip a file, medians; CPU time on "
-                "one pinned core"
+                "B-frames and film grain, as they are and packed by vmae-fast pack's defaults; "
+                f"{rounds} rounds of a clip a file, medians; CPU time on one pinned core"
             ),
             "versions": versions(),
             "ceilings": {
@@ -74,12 +81,12 @@ def loading(count, rounds, frames, folder):
     )
 
 
-def about(kind, paths, seconds):
-    """What a kind of files is."""
+def about(kind, size_bytes, count, seconds):
+    """What a kind of files is; of packed ones by the videos that they were made of."""
     return {
         "files": kind,
-        "kbit_a_second": data_files.kbit_per_s(paths, seconds),
-        "mean_file_bytes": round(statistics.mean(path.stat().st_size for path in paths)),
+        "kbit_a_second": size_bytes * 8 / 1000 / seconds / count,
+        "mean_file_bytes": round(size_bytes / count),
     }
 
 
