@@ -240,21 +240,25 @@ GROWTH_BYTES = 16e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("damaged", [False, True], ids=["plain", "damaged"])
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_memory_is_flat(tmp_path, damaged, count):
-    sources = write_sources(tmp_path / "sources", frames=24, size=256)
-    folder = sources[0].parent
-    if damaged:
-        folder = tmp_path / "damaged"
-        mutate(sources, folder, 90)
+@pytest.mark.parametrize(
+    ("count", "plain", "damaged"),
+    [
+        (500, True, 40),
+        pytest.param(10_000, True, 0, marks=pytest.mark.slow),
+        pytest.param(10_000, False, 90, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_is_flat(tmp_path, count, plain, damaged):
+    folder = tmp_path / "files"
+    sources = write_sources(folder if plain else tmp_path / "sources", frames=24, size=256)
+    mutate(sources, folder, damaged)
     code = READS.format(path=sys.path, folder=str(folder), count=count)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     warm, end, bad = (int(word) for word in done.stdout.split())
     print(f"{count} decodes, {bad} of bad files: {warm / 1e6:.1f} MB, then {end / 1e6:.1f} MB")
     assert bad == 0 or damaged
-    assert not damaged or 0.2 * count < bad < 0.7 * count
+    assert not damaged or 0.15 * count < bad < 0.7 * count
     assert end - warm < GROWTH_BYTES
 
 
@@ -274,5 +278,5 @@ def test_memory_of_batches_is_given_back(video, tmp_path):
     sizes = []
     for batch in make_loader(dataset, requests, workers=1, pin_memory=False):
         sizes.append(resident())
-        assert batch.video.sum() > 0
+        assert batch.video.numpy().max() > 0
     assert max(sizes[10:]) - sizes[9] < 5 * 3.2e6

@@ -291,6 +291,36 @@ def test_unreadable_sets_end_with_their_error(tmp_path):
     assert no_child_is_left()
 
 
+def lowest_descriptor():
+    lowest = os.dup(0)
+    os.close(lowest)
+    return lowest
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [
+        # Batches that are held take one each.
+        (20, r"could not be handed over .* \(ulimit -v, -n, -f\)"),
+        # Not enough for the pipes of two workers.
+        (5, r"could not be started .*Too many open files.* \(ulimit -u, -n, -v\)"),
+        (1, r"could not be started .*Too many open files.* \(ulimit -u, -n, -v\)"),
+    ],
+)
+def test_out_of_descriptors_is_a_clear_error(folder, room, message):
+    resource = pytest.importorskip("resource")
+    loader = loader_of(dataset_of(folder("crash")), workers=2, steps=100)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_descriptor() + room, before[1]))
+    held = []
+    try:
+        with pytest.raises(DataError, match=message):
+            held.extend(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert no_child_is_left()
+
+
 def test_an_iterator_that_is_dropped_takes_its_workers_along(folder):
     batches = iter(loader_of(dataset_of(folder("video")), workers=2, steps=100))
     next(batches)
@@ -390,8 +420,8 @@ def held():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts what Linux shows in /proc")
-def test_a_hundred_replaced_workers_leave_nothing(folder):
-    times = 100
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_replaced_workers_leave_nothing(folder, times):
     dataset = dataset_of(folder("video"))
     loader = loader_of(dataset, workers=2, steps=times + 10)
     batches = iter(loader)

@@ -208,12 +208,7 @@ class _Loading(Iterator[ClipBatch]):
         try:
             loaded = slot.worker.answer()
         except WorkerDied:
-            code, path = slot.worker.end(_DYING_S)
-            complaint = self._blame(slot, code, path)
-            if complaint is None:
-                self._restart(slot)
-            else:
-                self._give_up(slot, DataError(complaint))
+            self._bury(slot)
             return
         except DataError as error:
             self._give_up(slot, error)
@@ -228,6 +223,18 @@ class _Loading(Iterator[ClipBatch]):
         self._came[loaded.number] = (
             self._pinning.submit(loaded.batch.pin_memory) if self._pinning else loaded.batch
         )
+
+    def _bury(self, slot: _Slot) -> None:
+        """End what is left of a worker, and go on with another one or without."""
+        code, path = slot.worker.end(_DYING_S)
+        complaint = self._blame(slot, code, path)
+        if complaint is not None:
+            self._give_up(slot, DataError(complaint))
+            return
+        try:
+            self._restart(slot)
+        except DataError as error:
+            self._give_up(slot, error)
 
     def _blame(self, slot: _Slot, code: int, path: str | None) -> str | None:
         """Draw conclusions from how a worker ended; returns what to say where it is the last."""

@@ -44,6 +44,12 @@ _NO_ROOM: Final = (
 )
 
 
+_NO_START: Final = (
+    "a process that decodes could not be started ({error}): try fewer --workers, or allow more "
+    "processes, open files and memory (ulimit -u, -n, -v)"
+)
+
+
 class WorkerDied(Exception):
     """A process is gone, or what came from it is cut short."""
 
@@ -79,6 +85,9 @@ class Worker:
 
     Attributes:
         jobs: batches that were asked for and did not come yet, by number.
+
+    Raises:
+        DataError: the system starts no more.
     """
 
     def __init__(self, dataset: ClipDataset, decode_timeout: float | None) -> None:
@@ -88,15 +97,18 @@ class Worker:
         self._freed: deque[int] = deque()
         self._files, self._lost = dataset.files, dataset.lost
         self._told = len(self._lost)
-        self._note: Any = context.RawValue(ctypes.c_int64, _NOTHING)
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_work,
-            args=(dataset, theirs, self._note, decode_timeout),
-            name="vmae-fast loader",
-            daemon=True,
-        )
-        self.process.start()
+        try:
+            self._note: Any = context.RawValue(ctypes.c_int64, _NOTHING)
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(
+                target=_work,
+                args=(dataset, theirs, self._note, decode_timeout),
+                name="vmae-fast loader",
+                daemon=True,
+            )
+            self.process.start()
+        except OSError as error:
+            raise DataError(_NO_START.format(error=error)) from error
         # Else its end would not be seen here when it dies.
         theirs.close()
 
