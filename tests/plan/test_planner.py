@@ -24,7 +24,7 @@ from vmae_fast.plan import (
     parameters_of,
     published_macs,
 )
-from vmae_fast.plan.planner import CONTEXT_BYTES, LOST_SHARE, _largest, memory_parts
+from vmae_fast.plan.memory import CONTEXT_BYTES, LOST_SHARE, _largest, memory_parts
 from vmae_fast.plan.text import describe
 
 TINY = VideoMAEConfig.of("tiny")
@@ -132,7 +132,8 @@ def test_roofline_by_hand():
 
 def test_hours():
     plan = make_plan(replace(SETTINGS, gpus=2), H200, efficiency=Efficiency(0.5, "said"), clips=1e6)
-    assert plan.step_ms == pytest.approx(2 * plan.floor.total)
+    assert plan.compute_ms == pytest.approx(2 * plan.floor.total)
+    assert plan.step_ms == pytest.approx(plan.compute_ms + plan.exchange.exposed_ms)
     assert plan.clips_per_s == pytest.approx(8 / (plan.step_ms / 1e3))
     assert plan.hours == pytest.approx(1e6 / plan.clips_per_s / 3600)
     flops = 6 * published_macs(TINY) * plan.clips_per_s

@@ -9,6 +9,7 @@ from typing import Literal
 from vmae_fast.models import VideoMAEConfig
 from vmae_fast.plan import (
     GPUS,
+    Links,
     Plan,
     Rates,
     Settings,
@@ -37,6 +38,16 @@ class PlanArgs:
     """Which GPU."""
     gpus: int = 1
     """How many of them."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several share the work: fsdp keeps a part of the model on each."""
+    gpus_per_node: int = 8
+    """How many of them one machine has."""
+    node_gbs: float | None = None
+    """GB/s that a GPU sends to another one of its machine. None: the GPU's published NVLink or
+    PCIe."""
+    network_gbs: float | None = None
+    """GB/s that a GPU sends to another machine: the machine's network over its GPUs. None: 6.25,
+    400 Gbit/s for eight."""
     clips: float | None = None
     """Clips of an epoch: files of the data set. None: no time of the run."""
     epochs: float | None = None
@@ -59,9 +70,9 @@ class PlanArgs:
 
 # Flags that --help shows; the others are for --help-all.
 USUAL = (
-    "batch-size", "accumulate", "gpu", "gpus", "clips", "epochs", "precision", "residual",
-    "checkpointing", "ema", "plot", "out", "model", "frames", "image-size", "mask-ratio",
-    "decoder-mask-ratio",
+    "batch-size", "accumulate", "gpu", "gpus", "parallel", "clips", "epochs", "precision",
+    "residual", "checkpointing", "ema", "plot", "out", "model", "frames", "image-size",
+    "mask-ratio", "decoder-mask-ratio",
 )  # fmt: skip
 
 
@@ -79,6 +90,7 @@ def run(args: list[str]) -> int:
         defaults.model = recipe.model
         defaults.epochs = recipe.optim.epochs * recipe.sources[0].repeats
         defaults.checkpointing, defaults.residual = recipe.run.checkpointing, recipe.run.residual
+        defaults.parallel = recipe.run.parallel
     shown = shown_of_model(defaults.model, args) | ({"config": source} if source else {})
     options = parse(
         PlanArgs,
@@ -132,7 +144,9 @@ def plan_of(options: PlanArgs) -> Plan:
         options.residual,
         options.checkpointing,
         options.ema,
+        options.parallel,
     )
+    links = Links.of(gpu, options.gpus_per_node, options.node_gbs, options.network_gbs)
     results = default_results() if options.results is None else Path(options.results)
     if results is not None and not results.is_dir():
         raise ValueError(f"no folder of results at {results}")
@@ -144,4 +158,4 @@ def plan_of(options: PlanArgs) -> Plan:
     clips = options.clips
     if clips is not None:
         clips *= 1 if options.epochs is None else options.epochs
-    return make_plan(settings, gpu, rates=rates, efficiency=efficiency, clips=clips)
+    return make_plan(settings, gpu, rates=rates, efficiency=efficiency, links=links, clips=clips)

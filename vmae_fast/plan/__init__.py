@@ -1,9 +1,11 @@
 """What a pretraining run takes, worked out before it is started."""
 
+from .communication import Exchange, Links
 from .flops import FLOP_PER_MAC, published_macs
 from .gpus import GPUS, Gpu, Rates, find_gpu
 from .measured import default_results, measured_efficiency, measured_rates
-from .planner import Efficiency, Plan, Settings, StepTime, make_plan, parameters_of
+from .planner import Efficiency, Plan, StepTime, make_plan, parameters_of
+from .settings import Settings
 from .trace import Call, StepTrace, trace_step
 
 __all__ = [
@@ -11,7 +13,9 @@ __all__ = [
     "GPUS",
     "Call",
     "Efficiency",
+    "Exchange",
     "Gpu",
+    "Links",
     "Plan",
     "Rates",
     "Settings",

@@ -13,7 +13,8 @@ from vmae_fast.models import VideoMAEConfig
 
 from .flops import published_macs
 from .gpus import ATTENTION_SHARE, MATMUL_SHARE, Gpu, Rates
-from .planner import Efficiency, Settings, StepTime
+from .planner import Efficiency, StepTime
+from .settings import Settings
 
 # "step base v1", "step base v1 of 8 clips".
 _STEP = re.compile(r"step (\w+) v([12])\b")

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .planner import Plan, memory_parts
+from .memory import memory_parts
+from .planner import Plan
 from .text import parts_of
 
-# Of Okabe and Ito, told apart by colour-blind readers too.
+# Of Okabe and Ito, and one of Tol, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#E69F00", "#D55E00", "#999999",
-            "#000000")  # fmt: skip
+            "#000000", "#882255")  # fmt: skip
 _GIB = 2**30
 
 

@@ -2,113 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from vmae_fast.models import VideoMAEConfig
-from vmae_fast.nn.block import Checkpointing
 
+from .communication import Exchange, Links, exchange_of
 from .flops import FLOP_PER_MAC, published_macs
 from .gpus import STEP_SHARE, Gpu, Rates
-from .trace import StepTrace, trace_step
+from .memory import largest_batch, memory_parts
+from .settings import Settings
+from .trace import StepTrace
 
-# What the driver's context and the libraries' kernels and workspaces hold beside torch's tensors,
-# and what is lost between them. Guesses.
-CONTEXT_BYTES = 1 << 30
-LOST_SHARE = 0.02
 # Bytes that AdamW moves for each parameter: weight, gradient and both moments read, all but the
 # gradient written; and the gradient read for its norm.
 ADAMW_BYTES = 4 * 4 + 3 * 4 + 4
-# Traces to find the largest batch.
-MOST_TRIES = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is trained, on one of several GPUs alike.
-
-    Attributes:
-        config: of the model.
-        batch: clips that each GPU holds at a time.
-        gpus: how many.
-        accumulate: such batches of a step.
-        precision: "bf16" is autocast with fp32 weights.
-        residual: the residual stream's under autocast.
-        checkpointing: as in :class:`~vmae_fast.VideoMAE`.
-        averaged: a moving average of the weights is kept.
-    """
-
-    config: VideoMAEConfig
-    batch: int
-    gpus: int = 1
-    accumulate: int = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
-    residual: Literal["fp32", "bf16"] = "fp32"
-    checkpointing: Checkpointing = "none"
-    averaged: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "gpus", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.config.decoder_depth == 0:
-            raise ValueError("the model has no decoder (decoder_depth=0): it cannot be pretrained")
-        if self.residual == "bf16" and self.precision != "bf16":
-            raise ValueError("residual bf16 goes with precision bf16")
-
-    def trace(self) -> StepTrace:
-        """The step of one batch, followed without data; once for all who ask."""
-        return _traced(self.config, self.batch, self.precision, self.residual, self.checkpointing)
-
-    @property
-    def clips_per_step(self) -> int:
-        """Clips of an optimiser step over all GPUs."""
-        return self.batch * self.gpus * self.accumulate
-
-
-@lru_cache(maxsize=64)
-def _traced(
-    config: VideoMAEConfig, batch: int, precision: str, residual: str, checkpointing: Checkpointing
-) -> StepTrace:
-    low = torch.bfloat16
-    return trace_step(
-        config,
-        batch,
-        autocast_dtype=low if precision == "bf16" else None,
-        residual_dtype=low if residual == "bf16" else None,
-        checkpointing=checkpointing,
-    )
-
-
-def memory_parts(settings: Settings, trace: StepTrace) -> dict[str, int]:
-    """Bytes that one GPU holds when it holds most, by part.
-
-    Gradients are those there at that moment: most of them are made when activations are gone.
-    Where several batches make a step, all of the earlier ones' are there.
-    """
-    weights = trace.weight_bytes
-    gradients = weights if settings.accumulate > 1 else trace.peak_gradient_bytes
-    workspace = trace.peak_bytes - trace.peak_gradient_bytes - trace.peak_kept_bytes
-    config = settings.config
-    clip = config.in_channels * config.frames * math.prod(config.size)
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "AdamW": 2 * weights,
-        "averaged weights": weights if settings.averaged else 0,
-        "exchange of gradients": weights if settings.gpus > 1 else 0,
-        "activations": trace.peak_kept_bytes,
-        "workspace": workspace,
-        "clips": settings.batch * clip,
-    }
-    tensors = sum(parts.values())
-    parts["context, libraries, gaps"] = CONTEXT_BYTES + round(LOST_SHARE * tensors)
-    return {name: size for name, size in parts.items() if size}
+# Numbers of GPUs for which a plan says how it scales.
+SCALES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -130,8 +43,15 @@ class StepTime:
         return self.products + self.attention + self.passes + self.optimizer
 
     @classmethod
-    def of(cls, trace: StepTrace, rates: Rates, accumulate: int = 1) -> StepTime:
-        """By roofline: each call as long as its operations or its bytes take."""
+    def of(cls, trace: StepTrace, rates: Rates, accumulate: int = 1, shards: int = 1) -> StepTime:
+        """By roofline: each call as long as its operations or its bytes take.
+
+        Args:
+            trace: one batch's forward and backward pass.
+            rates: what they run at.
+            accumulate: batches of a step.
+            shards: GPUs that AdamW's work is divided among.
+        """
         per_ms = {
             "product": 1e9 * rates.matmul_tflop_per_s,
             "attention": 1e9 * rates.attention_tflop_per_s,
@@ -151,7 +71,7 @@ class StepTime:
             accumulate * taken["product"],
             accumulate * taken["attention"],
             accumulate * taken["pass"],
-            ADAMW_BYTES * trace.num_parameters / bytes_per_ms,
+            ADAMW_BYTES * trace.num_parameters / shards / bytes_per_ms,
         )
 
 
@@ -179,6 +99,7 @@ class Plan:
         gpu: on what.
         rates, efficiency: what its time is worked out from.
         trace: one batch's forward and backward pass.
+        links: between the GPUs.
         clips: of all the run, None where it is not said how long it is.
     """
 
@@ -187,6 +108,7 @@ class Plan:
     rates: Rates
     efficiency: Efficiency
     trace: StepTrace
+    links: Links
     clips: float | None = None
 
     @cached_property
@@ -212,12 +134,44 @@ class Plan:
     @cached_property
     def floor(self) -> StepTime:
         """The step at the roofline's rates."""
-        return StepTime.of(self.trace, self.rates, self.settings.accumulate)
+        settings = self.settings
+        return StepTime.of(self.trace, self.rates, settings.accumulate, settings.shards)
+
+    @property
+    def compute_ms(self) -> float:
+        """The step as one GPU is expected to compute it."""
+        return self.floor.total / self.efficiency.share
+
+    @cached_property
+    def exchange(self) -> Exchange:
+        """What the GPUs send each other."""
+        forward, backward = (self._pass_ms(phase) for phase in ("forward", "backward"))
+        return exchange_of(self.settings, self.links, backward, forward)
 
     @property
     def step_ms(self) -> float:
-        """The step as it is expected. Loading of clips and exchange of gradients not counted."""
-        return self.floor.total / self.efficiency.share
+        """The step as it is expected. Loading of clips is not counted."""
+        return self.compute_ms + self.exchange.exposed_ms
+
+    @cached_property
+    def scaling(self) -> tuple[Plan, ...]:
+        """The same on other numbers of GPUs, each with as many clips."""
+        counts = sorted({*SCALES, self.settings.gpus})
+        found = (replace(self.settings, gpus=count) for count in counts)
+        return tuple(replace(self, settings=one, trace=one.trace()) for one in found)
+
+    @property
+    def scaling_efficiency(self) -> float:
+        """Clips a second over what as many GPUs would see if none had to wait for another."""
+        alone = replace(self.settings, gpus=1)
+        one = replace(self, settings=alone, trace=alone.trace())
+        return self.clips_per_s / (self.settings.gpus * one.clips_per_s)
+
+    def _pass_ms(self, phase: str) -> float:
+        """One batch's forward or backward pass, as it is expected."""
+        calls = tuple(call for call in self.trace.calls if call.phase == phase)
+        time = StepTime.of(replace(self.trace, calls=calls, num_parameters=0), self.rates)
+        return time.total / self.efficiency.share
 
     @property
     def clips_per_s(self) -> float:
@@ -243,6 +197,7 @@ def make_plan(
     *,
     rates: Rates | None = None,
     efficiency: Efficiency | None = None,
+    links: Links | None = None,
     clips: float | None = None,
 ) -> Plan:
     """Plan a run.
@@ -252,6 +207,7 @@ def make_plan(
         gpu: each of them.
         rates: None assumes shares of the published peaks.
         efficiency: of a whole step at these rates; None assumes it.
+        links: between several GPUs; None takes those of eight to a machine.
         clips: of all the run: files times passes over them, times repeats.
     """
     return Plan(
@@ -260,53 +216,9 @@ def make_plan(
         rates or Rates.assumed(gpu, settings.precision),
         efficiency or Efficiency(),
         settings.trace(),
+        links or Links.of(gpu),
         clips,
     )
-
-
-def largest_batch(settings: Settings, gpu: Gpu, trace: StepTrace) -> int:
-    """Most clips at a time that fit; 0 where one is too many.
-
-    Memory grows by about as much with each clip, but not where mask tokens begin to be shared or
-    the peak moves: so the answer is tried.
-    """
-    limit = gpu.memory_gib * 2**30
-    known = {settings.batch: sum(memory_parts(settings, trace).values())}
-
-    def needed(batch: int) -> int:
-        if batch not in known:
-            one = replace(settings, batch=batch)
-            known[batch] = sum(memory_parts(one, one.trace()).values())
-        return known[batch]
-
-    return _largest(needed, limit, settings.batch, trace.peak_bytes / settings.batch)
-
-
-def _largest(needed: Callable[[int], float], limit: float, start: int, slope: float) -> int:
-    """Largest whole number whose growing ``needed`` is at most ``limit``; 0 where none is.
-
-    Args:
-        needed: of a whole number from 1 on.
-        limit: what it may be at most.
-        start: number to begin with.
-        slope: how much one more takes, roughly.
-    """
-    fits, too_many, guess = 0, 0, start
-    for _ in range(MOST_TRIES):
-        found = needed(guess)
-        if found <= limit:
-            fits = guess
-        else:
-            too_many = guess
-        if too_many == fits + 1:
-            break
-        # One more than fits by the slope is tried as well: it shows that no more do.
-        ahead = math.floor((limit - found) / slope) or (1 if found <= limit else -1)
-        upper = too_many - 1 if too_many else guess + ahead
-        following = min(max(guess + ahead, fits + 1), upper)
-        slope = (needed(following) - found) / (following - guess) or slope
-        guess = following
-    return fits
 
 
 def parameters_of(config: VideoMAEConfig) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from .communication import BUCKET_BYTES
 from .flops import FLOP_PER_MAC, published_macs
 from .planner import Plan, StepTime, parameters_of
 
@@ -12,7 +13,10 @@ _LABEL, _VALUE, _WIDTH = 24, 14, 96
 
 def describe(plan: Plan) -> str:
     """The plan for a terminal: model, memory of a GPU, time of a step, and of the run."""
-    sections = [_head(plan), _model(plan), _memory(plan), _step(plan), _run(plan)]
+    sections = [_head(plan), _model(plan), _memory(plan), _step(plan)]
+    if plan.settings.gpus > 1:
+        sections += [_exchange(plan), _scaling(plan)]
+    sections.append(_run(plan))
     return "\n\n".join(filter(None, sections))
 
 
@@ -36,7 +40,7 @@ def _head(plan: Plan) -> str:
         f"{config.mask_kind} masks {config.mask_ratio:g} ({version})",
         f"{settings.precision}" + (f", {settings.residual} residual stream" * _autocast(plan)),
         f"checkpointing {settings.checkpointing}",
-        f"{settings.gpus} x {plan.gpu.name}",
+        f"{settings.gpus} x {plan.gpu.name}" + f", {settings.parallel}" * (settings.gpus > 1),
     ]
     return textwrap.fill("; ".join(words), _WIDTH)
 
@@ -76,7 +80,8 @@ def _memory(plan: Plan) -> str:
     limit = f"of {plan.gpu.memory_gib:g} GiB: " + ("fits" if plan.fits else "DOES NOT FIT")
     lines.append(("in all", _gib(plan.memory_bytes), limit))
     largest = plan.largest_batch
-    note = "a GPU at a time" if largest else "not even one clip fits; try checkpointing"
+    other = " or fsdp" * (plan.settings.gpus > plan.settings.shards)
+    note = "a GPU at a time" if largest else f"not even one clip fits; try checkpointing{other}"
     lines.append(("largest batch", f"{largest:,} clips" if largest else "none", note))
     batch = plan.settings.batch
     return _table(f"memory of a GPU with {_clips(batch)}, when it holds most", lines)
@@ -90,7 +95,15 @@ def _step(plan: Plan) -> str:
             for name, ms in parts_of(floor).items()
         ),
         ("at these rates", f"{floor.total:,.1f} ms", ""),
-        ("expected", f"{plan.step_ms:,.1f} ms", f"{plan.efficiency.share:.0%} of these rates"),
+        ("expected", f"{plan.compute_ms:,.1f} ms", f"{plan.efficiency.share:.0%} of these rates"),
+        *(
+            [
+                ("waiting for exchange", f"{plan.exchange.exposed_ms:,.1f} ms", ""),
+                ("in all", f"{plan.step_ms:,.1f} ms", ""),
+            ]
+            if settings.gpus > 1
+            else ()
+        ),
         ("clips/s", f"{plan.clips_per_s:,.0f}", f"{plan.clips_per_s / settings.gpus:,.0f} a GPU"),
         (
             "model FLOP utilization",
@@ -100,9 +113,64 @@ def _step(plan: Plan) -> str:
     ]
     notes = [f"rates {plan.rates.source}"]
     notes.append(f"share of them {plan.efficiency.source}")
-    notes.append("loading of clips and exchange of gradients are not counted")
+    alone = settings.gpus == 1
+    notes.append(
+        f"loading of clips {'and exchange of gradients are' if alone else 'is'} not counted"
+    )
     title = f"an optimiser step of {settings.clips_per_step:,} clips"
     return "\n".join([_table(title, lines), *(_note(note) for note in notes)])
+
+
+def _exchange(plan: Plan) -> str:
+    settings, found = plan.settings, plan.exchange
+    nodes = plan.links.nodes(settings.gpus)
+    lines = [(name, _gib(size), "sent by each GPU") for name, size in found.sent_bytes.items()]
+    busy = f"at {plan.links.rate_gb_per_s(settings.gpus):,.1f} GB/s a GPU"
+    lines.append(("links are busy", f"{found.busy_ms:,.1f} ms", busy))
+    hidden = f"the rest goes on behind {found.busy_ms - found.exposed_ms:,.1f} ms of computing"
+    lines.append(("computing waits", f"{found.exposed_ms:,.1f} ms", hidden))
+    title = f"what {settings.gpus} GPUs of {nodes} node{'s' * (nodes > 1)} exchange in a step"
+    return "\n".join([_table(title, lines), _note(plan.links.source), _note(_how(plan))])
+
+
+def _how(plan: Plan) -> str:
+    """What the exchange is taken to be."""
+    rings = "taken to go round rings at the rate of the slowest link, and to slow nothing down"
+    if plan.settings.shards == 1:
+        return (
+            f"gradients, in fp32, once a step, {rings}: behind the last backward pass, but for the "
+            f"last {BUCKET_BYTES >> 20} MiB"
+        )
+    dtype = "bf16" if plan.settings.gathered_itemsize == 2 else "fp32"
+    return (
+        f"weights in {dtype} for each forward and each backward pass, gradients in fp32 once a "
+        f"step, {rings}: behind the passes, but for the first weights and the last gradients"
+    )
+
+
+def _scaling(plan: Plan) -> str:
+    heads = ("GPUs", "nodes", "GiB a GPU", "ms a step", "waiting", "clips/s", "efficiency")
+    rows = [
+        (
+            f"{one.settings.gpus:,}",
+            f"{one.links.nodes(one.settings.gpus):,}",
+            f"{one.memory_bytes / 2**30:,.2f}",
+            f"{one.step_ms:,.1f}",
+            f"{one.exchange.exposed_ms:,.1f}",
+            f"{one.clips_per_s:,.0f}",
+            f"{one.scaling_efficiency:.0%}",
+        )
+        for one in plan.scaling
+    ]
+    notes = ["" if one.fits else "   does not fit" for one in plan.scaling]
+    lines = [
+        "  " + "".join(f"{value:>12}" for value in row) + note
+        for row, note in zip([heads, *rows], ["", *notes], strict=True)
+    ]
+    title = f"scaling with {_clips(plan.settings.batch)} a GPU at a time, predicted"
+    if plan.settings.parallel == "fsdp":
+        lines.append(_note("over 100%: what each GPU saves of AdamW's work is more than it waits"))
+    return "\n".join([title, *lines])
 
 
 def _run(plan: Plan) -> str:

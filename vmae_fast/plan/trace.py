@@ -97,6 +97,7 @@ def trace_step(
     backward: bool = True,
     loss: Loss = published_loss,
     video_dtype: torch.dtype = torch.uint8,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> StepTrace:
     """Follow a step of the model on tensors without data.
 
@@ -108,6 +109,7 @@ def trace_step(
         backward: follow the backward pass as well.
         loss: another way to compute it with the same parameters.
         video_dtype: uint8, or floating point.
+        weight_dtype: of the parameters, and so of their gradients.
 
     Returns:
         :class:`StepTrace`; without a backward pass the peaks are those of the forward pass.
@@ -116,7 +118,7 @@ def trace_step(
     with torch.device("meta"):
         model = VideoMAE(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _give_memory(model)
+        _give_memory(model, weight_dtype)
         model.residual_dtype, model.checkpointing = residual_dtype, checkpointing
         parameters = list(model.parameters())
         shape = (batch, config.in_channels, config.frames, *config.size)
@@ -146,11 +148,11 @@ def trace_step(
     )
 
 
-def _give_memory(model: nn.Module) -> None:
+def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:
     """Put tensors without data, but with a device and memory of their own, into a meta model."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vmae_fast.plan import Settings
-from vmae_fast.plan.planner import CONTEXT_BYTES, memory_parts
+from vmae_fast.plan.memory import CONTEXT_BYTES, memory_parts
 
 from .schedule import micro_batches
 from .setup import Setup
