@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from vmae_fast.train.waiting import AGAIN_S, Loading, WaitingAdvice, advice, knob
+from vmae_fast.train.waiting import AGAIN_S, OTHER_S, Loading, WaitingAdvice, advice, knob
 
 # Four workers on sixteen cores beside a GPU.
 BASE = Loading(share=0.5, workers=4, cores=16, clip_s=0.025, cpu_share=0.95)
@@ -121,7 +121,9 @@ def test_it_is_said_once_in_a_while():
         assert say(replace(BASE, share=0.6)) is None
     clock.now = 10 + AGAIN_S
     assert "60%" in say(replace(BASE, share=0.6))
-    # Another knob is said at once, and a step that does not wait says nothing.
+    # Another knob is said sooner, and a step that does not wait says nothing.
+    clock.now += OTHER_S - 1
+    assert say(replace(BASE, cpu_share=0.1)) is None
     clock.now += 1
     assert "storage" in say(replace(BASE, cpu_share=0.1))
     assert say(replace(BASE, share=0.0)) is None

@@ -352,7 +352,7 @@ class Pretraining:
         self.setup.save(step, folder)
         if self.ranks.is_main:
             listing = "".join(f"{path}\n" for part in everyone for path in part)
-            (folder / "clips.txt").write_text(listing)
+            (folder / "clips.txt").write_text(listing, "utf-8", "surrogateescape")
         self.ranks.barrier()
         many = f", as {in_a_row - 1} times in a row before" if in_a_row > 1 else ""
         raise RunError(

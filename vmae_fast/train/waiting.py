@@ -10,8 +10,9 @@ from typing import Final, Literal
 
 # Share of the time waited from which it is worth a line.
 WORTH_A_LINE: Final = 0.10
-# Seconds from a piece of advice to the same one again.
+# Seconds from a piece of advice to the same one again, and to any other: shares go up and down.
 AGAIN_S: Final = 600.0
+OTHER_S: Final = 60.0
 # Crops of a decoded clip that V2 takes.
 _REPEATS: Final = 4
 # CPU time over time of a worker, under which it mostly waits for the storage. Decoding alone is
@@ -107,7 +108,8 @@ def _storage(loading: Loading) -> str:
     idle = 1 - loading.cpu_share
     some = f"--workers {loading.needed}" if loading.workers else "some --workers"
     return (
-        f"whoever decodes is idle {idle:.0%} of that, waiting for the storage; put the data on a "
+        f"whoever decodes is idle {idle:.0%} of that, waiting for the storage, if not for a core "
+        f"that another program has; put the data on a "
         f"local disk (vmae-fast pack writes them small), or let {some} wait side by side"
     )
 
@@ -168,7 +170,8 @@ class WaitingAdvice:
             self._started = True
             return None
         chosen, now = knob(loading), self._clock()
-        if chosen is None or (chosen == self._said and now - self._when < AGAIN_S):
+        pause_s = 0.0 if self._said is None else AGAIN_S if chosen == self._said else OTHER_S
+        if chosen is None or now - self._when < pause_s:
             return None
         self._said, self._when = chosen, now
         return advice(loading)
