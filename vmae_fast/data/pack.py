@@ -164,14 +164,14 @@ def _state_of(
 
 def _prepare(out: Path, state: dict[str, Any], overwrite: bool) -> None:
     """Make ``out`` ready to begin or to go on; raises ``DataError`` where it holds another."""
-    found = _found(out)
+    found, cleared = _found(out), False
     if found is not None and overwrite:
         _clear(out)
-        found = None
+        found, cleared = None, True
     if found is not None:
         _compare(out, found, state)
         return
-    if out.exists() and any(out.iterdir()):
+    if not cleared and out.exists() and any(out.iterdir()):
         raise DataError(
             f"out={str(out)!r} is not empty and holds no packed data; name a new folder"
         )
