@@ -118,9 +118,9 @@ def test_other_numbers_of_channels(channels):
 
 def test_sizes_that_only_damage_can_give(tmp_path, clips, monkeypatch):
     path = str(clips.write_video(tmp_path / "a.mp4", count=9, size=(48, 64)))
-    monkeypatch.setattr(convert, "_MOST_PIXELS", 48 * 64)
+    monkeypatch.setattr(convert, "MOST_PIXELS", 48 * 64)
     assert PyAVDecoder().read_all(path).frames.shape == (9, 48, 64, 3)
-    monkeypatch.setattr(convert, "_MOST_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr(convert, "MOST_PIXELS", 48 * 64 - 1)
     for read_it in (PyAVDecoder().read_all, lambda path: PyAVDecoder().read_clip(path, 4, 2, 0.5)):
         with pytest.raises(DecodeError, match="a picture of 64 x 48 pixels"):
             read_it(path)

@@ -117,15 +117,14 @@ def _take(
     run = _run_up(video, latest, last)
     # Frames that come before a keyframe on screen but after it in the file cannot be decoded.
     chosen = Counter(choose(sorted(p.pts for p in run if p.pts >= run[0].pts)))
-    kept = 0
     for frame in _decoded(video, run, set(chosen)):
-        if frame.pts in chosen:
-            if frame.is_corrupt:
-                raise SeekError
+        if frame.is_corrupt:
+            raise SeekError
+        times = chosen.pop(frame.pts, 0)
+        if times:
             taker.look(frame)
-            taker.keep(frame, next(numbers), chosen[frame.pts])
-            kept += 1
-    if kept < len(chosen) or not taker.ordered:
+            taker.keep(frame, next(numbers), times)
+    if chosen or not taker.ordered:
         raise SeekError
 
 

@@ -53,13 +53,13 @@ class DecoderMissing(DataError):
 class TorchCodecDecoder:
     """Decodes with torchcodec on the calling thread, and hands to PyAV what that cannot do.
 
-    The clips are those of ``PyAVDecoder``: the same frames at the same times; colours may differ
-    by a level or two between the two builds of FFmpeg. PyAV opens each file first and decodes its
-    first frame, and reads the whole clip where that shows more than plain 8-bit video: high
-    dynamic range, more bits, alpha, interlacing, pixels that are not square, a rotation; where
-    the number of channels is not 3; where seeking or time stamps cannot be trusted, or the two
-    libraries do not agree on the number of frames or the start; and where torchcodec fails, so
-    that what is wrong with a file is said in the same words.
+    The clips are those of ``PyAVDecoder``: the same frames at the same times. Colours may differ
+    by a level or two between the two builds of FFmpeg, and what they make of damage by more. PyAV
+    opens each file first and decodes its first frame, and reads the whole clip where that shows
+    more than plain 8-bit video: high dynamic range, more bits, alpha, interlacing, pixels that
+    are not square, a rotation; where the number of channels is not 3; where seeking or time
+    stamps cannot be trusted, or the two libraries do not agree on the number of frames or the
+    start; and where torchcodec fails, so that what is wrong with a file is said in the same words.
 
     Holds no state and no open file between calls, so it can be forked and pickled.
 
