@@ -82,12 +82,13 @@ GRADIENTS = textwrap.dedent("""
     config = load_config(sys.argv[1])
     base = config.run.out
     with process_group("cpu") as ranks:
-        for parallel, micro, masks in (
-            ("ddp", 4, "tube"), ("fsdp", 4, "tube"), ("ddp", 2, "tube"), ("fsdp", 2, "tube"),
+        for parallel, parts, masks in (
+            ("ddp", 1, "tube"), ("fsdp", 1, "tube"), ("ddp", 2, "tube"), ("fsdp", 2, "tube"),
             ("ddp", 2, "random"), ("fsdp", 2, "random"),
         ):
-            config.run.parallel, config.optim.micro_batch = parallel, micro
-            config.run.out = f"{base}-{parallel}-{micro}-{masks}"
+            config.run.parallel = parallel
+            config.optim.micro_batch = 8 // ranks.world_size // parts
+            config.run.out = f"{base}-{parallel}-{parts}-{masks}"
             # Of random masks of the decoder the number of scored tokens differs from clip to clip.
             random = masks == "random"
             config.model.mask_kind = "random" if random else None
@@ -118,14 +119,12 @@ def test_gradients_are_those_of_one_process(config, tmp_path, processes):
     """With the whole batch: the same clips, the same masks, the same weights."""
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
-    if processes == 4:
-        script.write_text(GRADIENTS.replace(", 4, ", ", 2, ").replace(", 2, ", ", 2, ", 1))
     config.data.repeats = 1
     bases = {count: tmp_path / f"by{count}" for count in (1, processes)}
     for count, base in bases.items():
         finish(launch(config, count, script=script, out=str(base)))
     endings = [path.name.removeprefix("by1") for path in sorted(tmp_path.glob("by1-*.pt"))]
-    assert len(endings) >= 4
+    assert len(endings) == 6
     for ending in endings:
         one, several = (torch.load(f"{base}{ending}") for base in bases.values())
         clips = [Path(f"{base}{ending}").with_suffix(".txt").read_text() for base in bases.values()]
