@@ -7,7 +7,7 @@ import pytest
 
 av = pytest.importorskip("av")
 
-from vmae_fast.data import DecodeError, PyAVDecoder, container, sparse  # noqa: E402
+from vmae_fast.data import PyAVDecoder, container, sparse  # noqa: E402
 from vmae_fast.data import decode as decoding  # noqa: E402
 
 PLAIN, SPARSE = PyAVDecoder(), PyAVDecoder(skip_nonref=True)
@@ -167,33 +167,26 @@ def test_a_damaged_frame_of_the_clip_is_decoded_as_ever(tmp_path, clips):
     assert_same(path, [(16, 1, 0.0, {})])
 
 
-def test_damage_is_met_as_in_a_straight_decode(tmp_path, clips):
+def test_damaged_frames_are_met_as_in_a_straight_decode(tmp_path, clips):
     """Where a frame on the way was made from what is damaged, the whole way is decoded."""
     source = clips.write_video(
-        tmp_path / "whole.ts", gop=24, size=(64, 96), options=x264("pyramid")
-    ).read_bytes()
-    rng = np.random.default_rng(0)
-    elsewhere = 0
-    for n in range(80):
-        data = bytearray(source)
-        start = int(rng.integers(1000, len(data) - 60))
-        data[start : start + 60] = bytes(60)
-        path = tmp_path / f"{n}.ts"
+        tmp_path / "whole.mp4", gop=24, size=(64, 96), options=x264("pyramid")
+    )
+    with av.open(str(source)) as video:
+        ends = [(p.pos, p.pos + p.size) for p in video.demux(video=0) if p.size]
+    rng, others = np.random.default_rng(0), 0
+    for n in range(100):
+        data = bytearray(source.read_bytes())
+        # In what is in the frames; a file whose time stamps are damaged tells of other frames.
+        for place in rng.integers(ends[0][0], ends[-1][1], 1 + n % 4):
+            data[place] ^= 1 << int(rng.integers(8))
+        path = tmp_path / f"{n}.mp4"
         path.write_bytes(data)
         clip = (8, 3, float(rng.random()))
-        try:
-            wanted = PLAIN.read_clip(str(path), *clip)
-        except DecodeError:
-            with pytest.raises(DecodeError):
-                SPARSE.read_clip(str(path), *clip)
-        else:
-            given = SPARSE.read_clip(str(path), *clip)
-            if given.times_s == wanted.times_s:
-                np.testing.assert_array_equal(given.frames, wanted.frames)
-            else:
-                elsewhere += 1
-    # Where frames are gone a straight decode counts past them.
-    assert elsewhere <= 4
+        wanted, given = (decoder.read_clip(str(path), *clip) for decoder in (PLAIN, SPARSE))
+        others += given.times_s != wanted.times_s or (given.frames != wanted.frames).any()
+    # A frame that says by mistake that none is made from it, or when it is shown, is believed.
+    assert others <= 3
 
 
 def test_it_is_pickled_with_its_setting():

@@ -61,8 +61,8 @@ class PyAVDecoder:
         channels: 3 for RGB, 1 for grey, 4 for RGB and alpha (255 where a file has none).
         skip_nonref: leave out frames that no other is made from and that the clip does not hold,
             in H.264 whose time stamps tell which they are (see ``sparse_clip``); everything else
-            is decoded as ever. Clips are the same to the bit; in a damaged file they may begin
-            elsewhere, where a straight decode would count past frames that are gone.
+            is decoded as ever. Clips are the same to the bit. In a damaged file they may be of
+            other frames: a straight decode counts those that come out, this one goes by times.
 
     Raises:
         ValueError: another number of channels.
