@@ -238,7 +238,12 @@ def test_the_pager_takes_all_flags_on_a_terminal(terminal, help_of, monkeypatch)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_flag_is_status_2(command, help_of):
-    needed = {"convert": ["a", "b"], "inspect": ["a"], "reconstruct": ["a", "b"]}.get(command, [])
+    needed = {
+        "convert": ["a", "b"],
+        "inspect": ["a"],
+        "pack": ["a", "b"],
+        "reconstruct": ["a", "b"],
+    }.get(command, [])
     assert "--no-such-flag" in help_of(command, *needed, "--no-such-flag", status=2)
 
 
