@@ -95,7 +95,21 @@ def _context() -> multiprocessing.context.BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vmae_fast.data"])
+    _start_forkserver()
     return context
+
+
+def _start_forkserver() -> None:
+    """Start it deaf to Ctrl-C, which would stop it with a traceback while it imports."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # where no signal can be set
+    from multiprocessing import forkserver
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _begin(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:

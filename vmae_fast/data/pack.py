@@ -26,13 +26,19 @@ from vmae_fast._files import atomic_file
 from .apart import CRASHED, run_apart
 from .clip import DecodeError
 from .listing import DataError, Listing, VideoFile, ordinal
-from .segments import PackSettings, Sample, member_names, segments_of
+from .pack_folder import BAD_FILES, alone_in, prepare, write_bad, write_json
+from .segments import (
+    PackSettings,
+    Pictures,
+    Sample,
+    member_names,
+    segments_of,
+    source_pictures,
+)
 from .shard_writer import ShardWriter
 from .shards import member_size
 from .tars import COLUMNS, FORMAT, INDEX, STATE, read_index
 
-BAD_FILES: Final = "bad_files.txt"
-_STATE_FILE: Final = "state.json"
 _MIB: Final = 1 << 20
 
 
@@ -77,6 +83,7 @@ def pack(
     workers: int = 1,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
+    read: Callable[[VideoFile, int], Pictures] = source_pictures,
 ) -> PackReport:
     """Pack a data set, or go on where the same call was stopped.
 
@@ -94,10 +101,11 @@ def pack(
         workers: processes, at least 1.
         overwrite: start anew where ``out`` holds another packing.
         progress: called with the number of files done since the last call.
+        read: gives an entry's pictures, every so many-th; a module's function.
 
     Raises:
-        DataError: a setting is out of its range, ``out`` holds something else, or no file can be
-            read.
+        DataError: a setting is out of its range, ``out`` holds something else or is another
+            process's at the moment, or no file can be read.
         OSError: ``out`` cannot be written to; the same call goes on where this one was.
     """
     settings = PackSettings(short_side, stride, segment_frames, overlap, keyint, crf)
@@ -111,15 +119,16 @@ def pack(
     folder = Path(out).expanduser()
     root, names = _named(files)
     state = _state_of(files, root, settings, shard_mb)
-    _prepare(folder, state, overwrite)
-    index = read_index(folder)
-    if index is None:
-        index = _pack(files, names, folder, settings, state, workers, progress)
-    else:
-        # Killed after the index was there.
-        shutil.rmtree(folder / STATE, ignore_errors=True)
-        if progress is not None:
-            progress(len(files))
+    with alone_in(folder):
+        prepare(folder, state, overwrite)
+        index = read_index(folder)
+        if index is None:
+            index = _pack(files, names, folder, settings, state, workers, progress, read)
+        else:
+            # Killed after the index was there.
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+            if progress is not None:
+                progress(len(files))
     return _report(folder, files, index)
 
 
@@ -162,68 +171,6 @@ def _state_of(
     }
 
 
-def _prepare(out: Path, state: dict[str, Any], overwrite: bool) -> None:
-    """Make ``out`` ready to begin or to go on; raises ``DataError`` where it holds another."""
-    found, cleared = _found(out), False
-    if found is not None and overwrite:
-        _clear(out)
-        found, cleared = None, True
-    if found is not None:
-        _compare(out, found, state)
-        return
-    if not cleared and out.exists() and any(out.iterdir()):
-        raise DataError(
-            f"out={str(out)!r} is not empty and holds no packed data; name a new folder"
-        )
-    (out / STATE).mkdir(parents=True, exist_ok=True)
-    _write_json(out / STATE / _STATE_FILE, state)
-
-
-def _found(out: Path) -> dict[str, Any] | None:
-    """The index or the state in a folder; None without either."""
-    index = read_index(out)
-    if index is not None:
-        return index
-    try:
-        state = json.loads((out / STATE / _STATE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        # Killed before the state was there: nothing else is either.
-        return {} if (out / STATE).is_dir() else None
-    except ValueError as error:
-        raise DataError(f"{str(out / STATE)!r} is damaged ({error}); give --overwrite") from error
-    assert isinstance(state, dict)
-    return state
-
-
-def _compare(out: Path, found: dict[str, Any], state: dict[str, Any]) -> None:
-    if not found:
-        _write_json(out / STATE / _STATE_FILE, state)
-        return
-    before, now = found["settings"], state["settings"]
-    changed = [
-        f"{name} {before.get(name)}, not {now[name]}"
-        for name in now
-        if before.get(name) != now[name]
-    ]
-    if found.get("entries_sha256") != state["entries_sha256"]:
-        changed.append(
-            f"other videos ({found.get('entries')} in {found.get('root')!r}, not "
-            f"{state['entries']} in {state['root']!r})"
-        )
-    if changed:
-        raise DataError(
-            f"out={str(out)!r} holds another packing: {'; '.join(changed)}; name another folder, "
-            "or start anew with --overwrite"
-        )
-
-
-def _clear(out: Path) -> None:
-    """Remove what packing has written, the index first, and nothing else."""
-    for path in (out / INDEX, out / BAD_FILES, *out.glob("shard-*.tar")):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(out / STATE, ignore_errors=True)
-
-
 def _pack(
     files: list[VideoFile],
     names: list[str],
@@ -232,6 +179,7 @@ def _pack(
     state: dict[str, Any],
     workers: int,
     progress: Callable[[int], None] | None,
+    read: Callable[[VideoFile, int], Pictures],
 ) -> dict[str, Any]:
     parts = out / STATE
     for left in (*out.glob(".*.tmp"), *parts.glob(".*.tmp")):
@@ -253,13 +201,13 @@ def _pack(
             _work,
             workers=min(workers, len(left_over)),
             start=_start,
-            arguments=(files, names, settings, parts),
+            arguments=(files, names, settings, parts, read),
             crashed=lambda number: _bad(CRASHED),
             note=note,
         )
     writer.finish()
     bad = [[number, reason] for number, reason in writer.bad]
-    _write_bad(out / BAD_FILES, files, bad)
+    write_bad(out / BAD_FILES, files, bad)
     if len(bad) == len(files):
         shutil.rmtree(parts)
         raise DataError(
@@ -274,28 +222,9 @@ def _pack(
         "sources": [[name, file.label] for name, file in zip(names, files, strict=True)],
         "shards": writer.shards,
     }
-    _write_json(out / INDEX, index)
+    write_json(out / INDEX, index)
     shutil.rmtree(parts)
     return index
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-def _write_bad(path: Path, files: list[VideoFile], bad: list[list[Any]]) -> None:
-    """A line for each bad file: path, tab, reason; none is there where all are good."""
-    if not bad:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_file(path) as temporary:
-        lines = (f"{_one_line(files[number].path)}\t{_one_line(why)}\n" for number, why in bad)
-        temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines()).replace("\t", " ")
 
 
 def _report(out: Path, files: list[VideoFile], index: dict[str, Any]) -> PackReport:
@@ -315,12 +244,15 @@ def _report(out: Path, files: list[VideoFile], index: dict[str, Any]) -> PackRep
 
 # ---- in the processes ---------------------------------------------------------------------
 
-_given: tuple[list[VideoFile], list[str], PackSettings, Path] | None = None
+_Read = Callable[[VideoFile, int], Pictures]
+_given: tuple[list[VideoFile], list[str], PackSettings, Path, _Read] | None = None
 
 
-def _start(files: list[VideoFile], names: list[str], settings: PackSettings, parts: Path) -> None:
+def _start(
+    files: list[VideoFile], names: list[str], settings: PackSettings, parts: Path, read: _Read
+) -> None:
     global _given
-    _given = files, names, settings, parts
+    _given = files, names, settings, parts, read
 
 
 def _work(numbers: list[int]) -> list[dict[str, Any]]:
@@ -330,17 +262,22 @@ def _work(numbers: list[int]) -> list[dict[str, Any]]:
 def _part(number: int) -> dict[str, Any]:
     """Write a file's samples, as they will stand in a tar; its record."""
     assert _given is not None
-    files, names, settings, parts = _given
+    files, names, settings, parts, read = _given
     file = files[number]
     rows: list[list[Any]] = []
     last: Sample | None = None
     try:
         with atomic_file(parts / f"{number:06d}.data") as temporary, temporary.open("wb") as data:
-            for last in segments_of(file, number, names[number], settings):
+            for last in segments_of(file, number, names[number], settings, read):
                 size = _write_sample(data, last)
                 rows.append([last.key, last.first_frame, last.frames, size])
     except DecodeError as error:
         return _bad(error.reason)
+    except OSError:  # of what is written; of what is read it would be a DecodeError
+        raise
+    except Exception as error:
+        # What some library makes of a strange file costs that file, and not days of work.
+        return _bad(f"{type(error).__name__}: {error}")
     assert last is not None
     kept = (last.first_frame - (file.first or 0)) // settings.stride + last.frames
     fps = json.loads(last.about)["fps"] or 30.0
