@@ -242,6 +242,36 @@ def test_a_damaged_index_is_said_so(video, tmp_path):
         read_source(tmp_path / "out")
 
 
+def test_training_on_it_resumes_to_the_same_weights(video, clips, tmp_path):
+    """With decoding processes, to which members of tars go by their paths."""
+    import shutil
+
+    from safetensors.numpy import load_file
+
+    from vmae_fast import cli
+
+    for k in range(3):
+        (tmp_path / f"videos/{k}.mp4").parent.mkdir(exist_ok=True)
+        (tmp_path / f"videos/{k}.mp4").symlink_to(video)
+    files = read_source(tmp_path / "videos").files
+    pack(files, tmp_path / "out", stride=2, segment_frames=20, overlap=7, crf=20)
+    run = tmp_path / "run"
+    command = [
+        "pretrain", "--data", str(tmp_path / "out"), "--model", "tiny", "--frames", "4",
+        "--image-size", "32", "--stride", "4", "--batch-size", "4", "--val", "0.34", "--workers",
+        "2", "--device", "cpu", "--save-every", "2", "--steps", "4", "--out", str(run),
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    last = run / "checkpoints/step-00000004"
+    (weights,) = last.glob("model*.safetensors")
+    before = load_file(weights)
+    shutil.rmtree(last)
+    assert cli.main([*command, "--resume"]) == 0
+    after = load_file(weights)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_splits_are_by_source_and_otherwise_as_before():
     plain = [VideoFile(f"{k}.mp4") for k in range(40)]
     assert split_by_source(plain, 0.2, 3) == split_validation(40, 0.2, 3)
