@@ -22,6 +22,7 @@ from vmae_fast.data import (
 )
 from vmae_fast.data.pack import pack
 from vmae_fast.data.segments import PackSettings, segments_of, small_size
+from vmae_fast.data.shard_writer import ShardWriter
 from vmae_fast.data.shards import read_member
 
 SMALL = {"segment_frames": 40, "crf": 8}
@@ -96,6 +97,36 @@ def test_bad_files_are_listed_and_cost_nothing_else(video, clips, tmp_path):
     again = read_source(tmp_path / "alone").files
     for one, other in zip(packed, again, strict=True):
         assert read_member(one.path) == read_member(other.path)
+
+
+def test_stops_between_shards_of_one_video_change_no_byte(video, clips, tmp_path, monkeypatch):
+    """Each start writes one shard more, of which a video fills several."""
+    (tmp_path / "bad.mp4").write_text("no video")
+    files = [VideoFile(str(path)) for path in (tmp_path / "bad.mp4", video, video)]
+    flags = SMALL | {"stride": 1, "segment_frames": 20, "overlap": 4, "shard_mb": 0.02}
+    pack(files, tmp_path / "whole", **flags)
+    firsts = [about(file)["first_frame"] for file in read_source(tmp_path / "whole").files]
+    assert firsts == [0, 16, 32, 48, 64, 80, 96] * 2
+    shards = sorted(path.name for path in (tmp_path / "whole").glob("*.tar"))
+    assert len(shards) > 4
+    close = ShardWriter._close
+
+    def stop(writer, *arguments):
+        if len(writer.shards) > before:
+            raise KeyboardInterrupt
+        close(writer, *arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_close", stop)
+        for before in range(len(shards) - 1):
+            with pytest.raises(KeyboardInterrupt):
+                pack(files, out, **flags)
+            assert sorted(path.name for path in out.glob("*.tar")) == shards[: before + 1]
+    pack(files, out, **flags)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_two_processes_do_not_pack_into_one_folder(video, tmp_path):
