@@ -275,11 +275,17 @@ def test_giant_fits_small_gpus_under_fsdp_alone():
     assert parts.fits
     # Weights, both moments and the average, and what is exchanged.
     assert whole.memory_bytes - parts.memory_bytes > 0.7 * 4 * 4 * whole.trace.num_parameters
-    assert (whole.largest_batch, parts.largest_batch > 4) == (0, True)
-    assert "not even one clip fits; try checkpointing or fsdp" in describe(whole)
-    lines = describe(replace(parts, gpu=replace(gpu, memory_gib=15))).splitlines()
-    (alone,) = [line for line in lines if line.split()[:2] == ["1", "1"]]
+
+
+def test_what_does_not_fit_is_said():
+    parts = make_plan(settings(8, "fsdp"), find_gpu("l4"))
+    between = (parts.memory_bytes + parts.scaling[0].memory_bytes) / 2 / 2**30
+    parts = make_plan(parts.settings, replace(parts.gpu, memory_gib=between))
+    assert (parts.fits, parts.scaling[0].fits) == (True, False)
+    (alone,) = [one for one in describe(parts).splitlines() if one.split()[:2] == ["1", "1"]]
     assert alone.endswith("does not fit")
+    whole = make_plan(settings(8, "ddp"), replace(parts.gpu, memory_gib=0.1))
+    assert "not even one clip fits; try checkpointing or fsdp" in describe(whole)
 
 
 def test_memory_of_one_gpu_is_the_same_under_both():

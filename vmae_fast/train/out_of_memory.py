@@ -118,6 +118,7 @@ def settings_of(setup: Setup, micro_batch: int) -> Settings:
         residual=run.residual,
         checkpointing=run.checkpointing,
         averaged=setup.average is not None,
+        parallel=run.parallel,
     )
 
 
@@ -133,7 +134,11 @@ def _advise(setup: Setup, memory: Memory) -> tuple[str, str]:
         # Without a change only a smaller batch helps; with one, the same may.
         choices = [*smaller, setup.schedule.micro_batch] if saving else smaller
         settings = [replace(settings_of(setup, m), **change) for m in choices]
-        count = bisect_right(settings, memory.available, key=needed_bytes)
+        # A whole batch at once need not hold the gradients of those before it: it may take less.
+        if choices and needed_bytes(settings[-1]) <= memory.available:
+            count = len(choices)
+        else:
+            count = bisect_right(settings, memory.available, key=needed_bytes)
         if count:
             flags = " ".join([f"--micro-batch {choices[count - 1]}", *saving])
             batch = setup.config.optim.batch_size
@@ -142,10 +147,11 @@ def _advise(setup: Setup, memory: Memory) -> tuple[str, str]:
                 same = f"the batch stays {batch}, the result is a little less exact"
             return f"By the plan {flags} fits: {same}", flags
     least = settings_of(setup, (smaller or [setup.schedule.micro_batch])[0])
+    fsdp = " and --parallel fsdp" * _may_shard(setup)
     return (
         f"Even {least.batch} at a time, which takes {_gib(needed_bytes(least))}, and "
-        "--checkpointing block do not make it fit: take a smaller --model, fewer --frames or a "
-        "smaller --image-size (vmae-fast plan says what each takes)"
+        f"--checkpointing block{fsdp} do not make it fit: take a smaller --model, fewer --frames "
+        "or a smaller --image-size (vmae-fast plan says what each takes)"
     ), ""
 
 
@@ -158,8 +164,20 @@ def _savings(setup: Setup) -> Iterator[tuple[list[str], dict[str, Any]]]:
     if run.checkpointing != "block":
         flags, change = ["--checkpointing block"], {"checkpointing": "block"}
         yield flags, change
+    if _may_shard(setup):
+        # What it costs hangs on the links between the GPUs.
+        sharded = (["--parallel fsdp"], {"parallel": "fsdp"})
+        yield sharded
+        both = ([*flags, *sharded[0]], {**change, **sharded[1]})
+        if flags:
+            yield both
+        flags, change = both
     if run.residual != "bf16" and setup.autocast_dtype is not None:
         yield [*flags, "--residual bf16"], {**change, "residual": "bf16"}
+
+
+def _may_shard(setup: Setup) -> bool:
+    return setup.ranks.world_size > 1 and setup.config.run.parallel == "ddp"
 
 
 def _possible(setup: Setup) -> list[int]:

@@ -136,7 +136,13 @@ class Setup:
         ]
         lines.append(
             memory_report(
-                self.model, schedule.micro_batch, self.autocast_dtype, self.average is not None
+                self.model,
+                schedule.micro_batch,
+                self.autocast_dtype,
+                self.average is not None,
+                accumulate=schedule.accumulate,
+                processes=self.ranks.world_size,
+                sharded=self.config.run.parallel == "fsdp",
             )
         )
         if self.start_step:
