@@ -202,6 +202,10 @@ def test_training_and_videos_held_out_whole(packed, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().split("\n")
             if line]  # fmt: skip
     assert rows[-1]["step"] == 4
+    video, drawn = read_source(packed).files[0].path, str(tmp_path / "drawn")
+    arguments = [str(tmp_path / "whole"), video, "--stride", "1", "--out", drawn]
+    assert cli.main(["reconstruct", *arguments]) == 0
+    assert (tmp_path / "drawn.png").is_file()
     from vmae_fast.data import split_by_source
 
     files = read_source(packed).files

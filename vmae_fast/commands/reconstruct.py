@@ -85,11 +85,13 @@ def _check(options: ReconstructArgs) -> None:
         DataError: there is no video, or it was given in the checkpoint's place.
     """
     from vmae_fast.data import VIDEO_SUFFIXES, DataError
+    from vmae_fast.data.shards import split_member
 
     if Path(options.checkpoint).suffix.lower() in VIDEO_SUFFIXES:
         raise DataError(
             f"{options.checkpoint} looks like a video: the checkpoint comes first, as in "
             f"vmae-fast reconstruct {options.video} {options.checkpoint}"
         )
-    if not Path(options.video).expanduser().exists():
+    in_a_tar = split_member(options.video) is not None
+    if not in_a_tar and not Path(options.video).expanduser().exists():
         raise DataError(f"no video at {options.video}; name a video file (in {Path.cwd()} now)")
