@@ -118,7 +118,7 @@ SCRIPT = textwrap.dedent("""
 FIGURES_BYTES = 256
 
 
-@pytest.mark.parametrize("gpus", [2, 4])
+@pytest.mark.parametrize("gpus", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_processes_send_is_what_is_predicted(gpus, tmp_path):
     """Of all collectives of a step of the trainer's, by size; sums of a few figures apart."""
     (tmp_path / "count.py").write_text(SCRIPT)
