@@ -16,7 +16,7 @@ from vmae_fast.models import CheckpointError, VideoMAE
 from .checkpoint import load_optimizer, read_state, write_checkpoint
 from .config import ConfigError, PretrainConfig
 from .distributed import Ranks
-from .graph import choose_capture
+from .graph import choose_capture, is_sharded
 from .inputs import BadFiles, Inputs, RunError
 from .optimizer import AveragedWeights, make_optimizer, placed_as
 from .recipe import to_toml
@@ -131,7 +131,8 @@ class Setup:
             *self.inputs.notes,
             self._describe_data(),
             f"run: {schedule.total_steps} steps of {self.config.optim.batch_size} clips "
-            f"({self.ranks.world_size} x {schedule.accumulate} x {schedule.micro_batch}), "
+            f"({self.ranks.world_size} x {schedule.accumulate} x {schedule.micro_batch}"
+            f"{', fsdp' if is_sharded(self.model) else ''}), "
             f"lr {schedule.lr:.3g}, on {self.ranks.device}, in {self.folder.path}",
         ]
         lines.append(
