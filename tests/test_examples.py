@@ -180,7 +180,8 @@ def slurm(environment, tmp_path):
     job = free_port() % 20000
     return environment | {
         "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
-        "SLURM_CPUS_PER_TASK": "1", "REQUEUED": str(tmp_path / "requeued"),
+        # Without --auto-resume the launcher's restart would go on in its place.
+        "SLURM_CPUS_PER_TASK": "1", "MAX_RESTARTS": "0", "REQUEUED": str(tmp_path / "requeued"),
     }  # fmt: skip
 
 
