@@ -109,6 +109,8 @@ def test_a_process_that_hangs_is_reported(config):
     ):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
+    # So that it has said where it is.
+    time.sleep(1)
     goes_on, hangs = (child_of(process.pid, rank) for rank in (0, 1))
     os.kill(hangs, signal.SIGSTOP)
     while Path(f"/proc/{goes_on}/environ").exists() and time.monotonic() < end:

@@ -16,7 +16,7 @@ from .dataset import (
 )
 from .decode import PathDecoder, PyAVDecoder, make_decoder
 from .listing import VIDEO_SUFFIXES, DataError, Listing, Sampling, VideoFile
-from .loader import ClipLoader, LoadingWork, lost_files, make_loader
+from .loader import ClipLoader, LoadingWork, WorkersEnded, lost_files, make_loader
 from .order import ClipRequest, ClipSampler, EpochOrder
 from .parts import clips_by_duration, parts_of
 from .rng import host_rng
@@ -47,6 +47,7 @@ __all__ = [
     "PyAVDecoder",
     "Sampling",
     "VideoFile",
+    "WorkersEnded",
     "center_crop_box",
     "clip_indices",
     "clip_span",

@@ -31,6 +31,10 @@ _MOST_DEATHS: Final = 4
 _DYING_S: Final = 2.0
 
 
+class WorkersEnded(DataError):
+    """Processes that decode end again and again, and no file is to blame."""
+
+
 def lost_files(reasons: Mapping[str, str]) -> dict[str, str]:
     """Those of some bad files, path to reason, that took a process down or held it up."""
     return {path: reason for path, reason in reasons.items() if reason.startswith(_LOST)}
@@ -111,8 +115,8 @@ def make_loader(
 
     Raises:
         ValueError: ``workers`` is negative, or ``decode_timeout`` not above 0.
-        DataError: (from its iterator) what the data set raises; or workers die again and again
-            without a file to blame.
+        DataError: (from its iterator) what the data set raises.
+        WorkersEnded: (from its iterator) workers die again and again without a file to blame.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
@@ -229,7 +233,7 @@ class _Loading(Iterator[ClipBatch]):
         code, path = slot.worker.end(_DYING_S)
         complaint = self._blame(slot, code, path)
         if complaint is not None:
-            self._give_up(slot, DataError(complaint))
+            self._give_up(slot, WorkersEnded(complaint))
             return
         try:
             self._restart(slot)

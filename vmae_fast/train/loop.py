@@ -83,7 +83,8 @@ class Pretraining:
         trained = None
         if ranks.world_size > 1 and not is_sharded(self.model):
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            trained = DistributedDataParallel(self.model, device_ids=ids)
+            # Its buffers are tables of positions, which nothing changes.
+            trained = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
         self.train_step = TrainStep(
             self.model,
             setup.optimizer,

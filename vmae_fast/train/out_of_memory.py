@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vmae_fast.data import WorkersEnded
 from vmae_fast.plan import Settings
 from vmae_fast.plan.memory import CONTEXT_BYTES, memory_parts
 
@@ -21,8 +22,6 @@ from .setup import Setup
 # What torch, its allocators and CUDA's libraries say, where the type of the error does not.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 _TRIED = re.compile(r"tried to allocate ([\d.]+) ?(\w+)", re.IGNORECASE)
-# What torch says of a loader's process that was killed.
-_WORKER = "DataLoader worker"
 # Less than this share of the memory, taken by others or forbidden, is not worth words.
 _NOTICED = 0.05
 
@@ -57,13 +56,8 @@ def explain(setup: Setup, error: BaseException) -> str | None:
     """
     if is_out_of_memory(error):
         return _of_device(setup, error)
-    if any(_WORKER in str(one) for one in _chain(error)):
-        return (
-            f"a process that decodes for {setup.ranks.device} died ({error}): most often the "
-            "machine's memory ran out, or a container's shared memory. Take fewer --workers, or "
-            "none (--workers 0), or start the container with a larger --shm-size. "
-            + _kept(setup, f"--workers {setup.inputs.workers // 2}")
-        )
+    if isinstance(error, WorkersEnded):
+        return f"{error}. " + _kept(setup, f"--workers {setup.inputs.workers // 2}")
     return None
 
 
