@@ -422,22 +422,26 @@ def test_replaced_workers_leave_nothing(folder, times):
     dataset = dataset_of(folder("video"))
     # Other tests may have started processes that stay.
     children = held()[1]
-    loader = loader_of(dataset, workers=2, steps=times + 10)
-    batches = iter(loader)
+    steps = 8 * times + 10
+    batches = iter(loader_of(dataset, workers=2, steps=steps))
     next(batches)
     kept, given = None, 1
     for number in range(times):
         if number == 2:
             kept = held()
-        kill_a_worker()
-        next(batches)
-        given += 1
+        slot = batches._slots[number % 2]
+        killed = slot.worker
+        os.kill(killed.process.pid, signal.SIGKILL)
+        # That it died shows when a batch is wanted of it.
+        while slot.worker is killed:
+            next(batches)
+            given += 1
     # Batches that wait to be taken are mapped: at most 3 a worker, one descriptor each.
     now = held()
     assert now[1:3] == kept[1:3] == (children + 2, 0)
     assert now[0] <= kept[0] + 6
     assert now[3] <= 7
-    assert given + len(list(batches)) == times + 10
+    assert given + len(list(batches)) == steps
     assert no_child_is_left()
     # A pipe and what Python holds of a process go with the workers.
     assert held()[0] <= kept[0] - 4

@@ -245,6 +245,9 @@ def killed_run(config, tmp_path, kills, seed):
         for checkpoint in (out / "checkpoints").glob("step-*"):
             assert (checkpoint / CHECKSUMS).is_file()
             assert find_damage(checkpoint) is None
+    half = out / "checkpoints" / ".step-00000099.abc.tmp"
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "model.safetensors").write_bytes(b"half")
     finish(start(config, out, total, save_every=2))
     finish(start(config, tmp_path / "whole", total, save_every=total))
     assert same(weights(out, total), weights(tmp_path / "whole", total))

@@ -149,7 +149,7 @@ def one(config, tmp_path):
     return config.model.build(None).state_dict(), weights(config.run.out)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_saved_by_four_gone_on_by_two_and_by_one(config, one, tmp_path, parallel):
     start, expected = one
     finish(launch(config, 4, out=str(tmp_path / "four"), parallel=parallel))

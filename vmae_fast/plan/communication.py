@@ -20,8 +20,8 @@ BUCKET_BYTES = 25 << 20
 # Microseconds of a collective, and of each hop of its ring within a node and between nodes: what
 # NCCL counts on (src/graph/tuning.cc, ring, "simple", over PCIe; NVLink's hops take 3.4).
 _CALL_US, _NODE_HOP_US, _NETWORK_HOP_US = 8.4, 5.7, 14.0
-# Bytes of a gradient as it is summed.
-_GRADIENT = 4
+# Bytes of a weight as it is kept, and of a gradient as it is summed.
+_WEIGHT = _GRADIENT = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Links:
                 raise ValueError(f"{name} must be above 0 GB/s, got {value:g}")
         link = LINKS[gpu.link]
         words = [
-            f"{link.gb_per_s:g} GB/s each way within a node ({link.name}, published)"
+            f"{link.gb_per_s:g} GB/s each way within a node "
+            f"({', '.join(filter(None, (link.name, 'published', link.caveat)))})"
             if node_gb_per_s is None
             else f"{node_gb_per_s:g} GB/s each way within a node (given)",
             f"{NETWORK_GB_PER_S:g} between nodes (assumed; --network-gbs says otherwise)"
@@ -125,6 +126,30 @@ def exchange_of(
     if settings.shards == 1:
         return _of_ddp(settings, links, backward_ms)
     return _of_fsdp(settings, links, backward_ms, forward_ms)
+
+
+def copied_bytes(settings: Settings) -> int:
+    """What one GPU reads and writes of its own memory in a step, to send and to receive."""
+    gpus, accumulate, units = settings.gpus, settings.accumulate, units_of(settings.config)
+    if gpus == 1:
+        return 0
+    if settings.shards == 1:
+        # Gradients go into buckets, and back.
+        return 2 * 2 * _GRADIENT * units.values
+    itemsize = settings.gathered_itemsize
+    low = itemsize < _WEIGHT
+    # The GPU's part is cast and put among the others', then all are taken apart.
+    own = (_WEIGHT + itemsize) * low + 2 * itemsize
+    gathered = units.root.shard(gpus) + 2 * sum(block.shard(gpus) for block in units.blocks)
+    moved = accumulate * gathered * (own + gpus * 2 * itemsize)
+    kept = itemsize
+    if accumulate > 1:
+        # The first batch's gradients are cast, the others' added; in fp32 they are as on one GPU.
+        added = itemsize + 2 * _GRADIENT
+        moved += units.values * (itemsize + _GRADIENT + (accumulate - 1) * added) * low
+        kept = _GRADIENT
+    # Into what is scattered, filled up to whole parts.
+    return moved + units.values * kept + gpus * units.shard(gpus) * _GRADIENT
 
 
 def _of_ddp(settings: Settings, links: Links, backward_ms: float) -> Exchange:

@@ -25,17 +25,21 @@ class Link:
     Attributes:
         name: in words.
         gb_per_s: each way, of one GPU, published.
+        caveat: what slows it down, in words.
     """
 
     name: str
     gb_per_s: float
+    caveat: str = ""
 
 
 # Sources: NVIDIA's data sheets, which add up both ways; PCIe with 16 lanes. Bridges that join two
-# cards only are not counted: a ring over more goes by PCIe.
+# cards only are not counted: a ring over more goes by PCIe. Consumer cards have no access to each
+# other's memory by it: NCCL logs 24 GB/s to the processor for RTX 4090, and 10 to the other one.
+_BY_HOST = "less from socket to socket or through the machine's memory"
 LINKS: dict[str, Link] = {
-    "pcie4": Link("PCIe 4.0", 32),
-    "pcie5": Link("PCIe 5.0", 64),
+    "pcie4": Link("PCIe 4.0", 32, _BY_HOST),
+    "pcie5": Link("PCIe 5.0", 64, _BY_HOST),
     "nvlink3": Link("NVLink 3", 300),
     "nvlink4": Link("NVLink 4", 450),
     "nvlink5": Link("NVLink 5", 900),

@@ -8,7 +8,7 @@ from typing import Any
 
 from .memory import memory_parts
 from .planner import Plan
-from .text import parts_of
+from .text import clips, parts_of
 
 # Of Okabe and Ito, and one of Tol, told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#E69F00", "#D55E00", "#999999",
@@ -17,7 +17,7 @@ _GIB = 2**30
 
 
 def save_picture(plan: Plan, path: Path) -> Path:
-    """Draw memory over the batch and the step by part, as PNG.
+    """Draw memory over the batch, the step by part, and how several GPUs scale, as PNG.
 
     Args:
         plan: what is drawn.
@@ -34,15 +34,20 @@ def save_picture(plan: Plan, path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (memory, step) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    _draw_memory(memory, plan)
-    _draw_step(step, plan)
     settings, config = plan.settings, plan.settings.config
+    several = settings.gpus > 1
+    count = 2 + several
+    figure, axes = plt.subplots(1, count, figsize=(6.5 * count, 4.8), layout="constrained")
+    _draw_memory(axes[0], plan)
+    _draw_step(axes[1], plan)
+    if several:
+        _draw_scaling(axes[2], plan)
     version = "V2" if config.decoder_mask_ratio else "V1"
     height, width = config.size
     figure.suptitle(
         f"Plan: depth {config.depth}, width {config.width}, {version}, "
         f"{config.frames}x{height}x{width}, {settings.precision}, {settings.gpus} x {plan.gpu.name}"
+        + (f", {settings.parallel}" if several else "")
     )
     try:
         figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -86,6 +91,8 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
 def _draw_step(axes: Any, plan: Plan) -> None:
     share = plan.efficiency.share
     parts = {name: ms / share for name, ms in parts_of(plan.floor).items()}
+    if plan.settings.gpus > 1:
+        parts["waiting for exchange"] = plan.exchange.exposed_ms
     names = list(parts)[::-1]
     axes.barh(names, [parts[name] for name in names], color=_COLOURS[0])
     for place, name in enumerate(names):
@@ -98,3 +105,26 @@ def _draw_step(axes: Any, plan: Plan) -> None:
         f"A step of {plan.settings.clips_per_step:,} clips: {plan.step_ms:,.1f} ms, "
         f"{plan.clips_per_s:,.0f} clips/s\n({word})"
     )
+
+
+def _draw_scaling(axes: Any, plan: Plan) -> None:
+    rows = plan.scaling
+    places = range(len(rows))
+    seen = [row.clips_per_s for row in rows]
+    times = [seen[0] * row.settings.gpus for row in rows]
+    axes.plot(places, times, "--", color="black", linewidth=1, label="one GPU's, so many times")
+    axes.plot(places, seen, color=_COLOURS[0])
+    for fits, face, label in ((True, _COLOURS[0], "predicted"), (False, "white", "does not fit")):
+        some = [place for place in places if rows[place].fits == fits]
+        if some:
+            axes.plot(some, [seen[place] for place in some], "o", color=_COLOURS[0],
+                      markerfacecolor=face, label=label)  # fmt: skip
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(min(seen) / 2, 2 * max(*seen, *times))
+    axes.yaxis.set_major_formatter("{x:,.4g}")
+    labels = [f"{row.settings.gpus:,}\n{row.scaling_efficiency:.0%}" for row in rows]
+    axes.set_xticks(places, labels)
+    axes.set_xlabel(f"GPUs, {plan.links.gpus_per_node:,} to a node, and efficiency")
+    axes.set_ylabel("clips/s")
+    axes.set_title(f"Scaling with {clips(plan.settings.batch)} a GPU at a time, predicted")
+    axes.legend(frameon=False, loc="upper left")

@@ -10,7 +10,7 @@ import torch
 
 from vmae_fast.models import VideoMAEConfig
 
-from .communication import Exchange, Links, exchange_of
+from .communication import Exchange, Links, copied_bytes, exchange_of
 from .flops import FLOP_PER_MAC, published_macs
 from .gpus import STEP_SHARE, Gpu, Rates
 from .memory import largest_batch, memory_parts
@@ -43,7 +43,14 @@ class StepTime:
         return self.products + self.attention + self.passes + self.optimizer
 
     @classmethod
-    def of(cls, trace: StepTrace, rates: Rates, accumulate: int = 1, shards: int = 1) -> StepTime:
+    def of(
+        cls,
+        trace: StepTrace,
+        rates: Rates,
+        accumulate: int = 1,
+        shards: int = 1,
+        copied_bytes: int = 0,
+    ) -> StepTime:
         """By roofline: each call as long as its operations or its bytes take.
 
         Args:
@@ -51,6 +58,7 @@ class StepTime:
             rates: what they run at.
             accumulate: batches of a step.
             shards: GPUs that AdamW's work is divided among.
+            copied_bytes: read and written beside the passes, once a step.
         """
         per_ms = {
             "product": 1e9 * rates.matmul_tflop_per_s,
@@ -70,7 +78,7 @@ class StepTime:
         return cls(
             accumulate * taken["product"],
             accumulate * taken["attention"],
-            accumulate * taken["pass"],
+            accumulate * taken["pass"] + copied_bytes / bytes_per_ms,
             ADAMW_BYTES * trace.num_parameters / shards / bytes_per_ms,
         )
 
@@ -135,7 +143,9 @@ class Plan:
     def floor(self) -> StepTime:
         """The step at the roofline's rates."""
         settings = self.settings
-        return StepTime.of(self.trace, self.rates, settings.accumulate, settings.shards)
+        return StepTime.of(
+            self.trace, self.rates, settings.accumulate, settings.shards, copied_bytes(settings)
+        )
 
     @property
     def compute_ms(self) -> float:

@@ -84,7 +84,7 @@ def _memory(plan: Plan) -> str:
     note = "a GPU at a time" if largest else f"not even one clip fits; try checkpointing{other}"
     lines.append(("largest batch", f"{largest:,} clips" if largest else "none", note))
     batch = plan.settings.batch
-    return _table(f"memory of a GPU with {_clips(batch)}, when it holds most", lines)
+    return _table(f"memory of a GPU with {clips(batch)}, when it holds most", lines)
 
 
 def _step(plan: Plan) -> str:
@@ -136,15 +136,17 @@ def _exchange(plan: Plan) -> str:
 def _how(plan: Plan) -> str:
     """What the exchange is taken to be."""
     rings = "taken to go round rings at the rate of the slowest link, and to slow nothing down"
+    copies = "; copies to and from what is sent are among the passes over memory"
     if plan.settings.shards == 1:
         return (
             f"gradients, in fp32, once a step, {rings}: behind the last backward pass, but for the "
-            f"last {BUCKET_BYTES >> 20} MiB"
+            f"last {BUCKET_BYTES >> 20} MiB{copies}"
         )
     dtype = "bf16" if plan.settings.gathered_itemsize == 2 else "fp32"
     return (
         f"weights in {dtype} for each forward and each backward pass, gradients in fp32 once a "
-        f"step, {rings}: behind the passes, but for the first weights and the last gradients"
+        f"step, {rings}: behind the passes, but for the first weights and the last "
+        f"gradients{copies}"
     )
 
 
@@ -167,9 +169,11 @@ def _scaling(plan: Plan) -> str:
         "  " + "".join(f"{value:>12}" for value in row) + note
         for row, note in zip([heads, *rows], ["", *notes], strict=True)
     ]
-    title = f"scaling with {_clips(plan.settings.batch)} a GPU at a time, predicted"
-    if plan.settings.parallel == "fsdp":
-        lines.append(_note("over 100%: what each GPU saves of AdamW's work is more than it waits"))
+    title = f"scaling with {clips(plan.settings.batch)} a GPU at a time, predicted"
+    if any(one.scaling_efficiency > 1 for one in plan.scaling):
+        lines.append(
+            _note("over 100%: saved of AdamW's work and of casts of weights is more than is lost")
+        )
     return "\n".join([title, *lines])
 
 
@@ -198,5 +202,6 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:,.2f} GiB"
 
 
-def _clips(count: int) -> str:
+def clips(count: int) -> str:
+    """So many of them, in words."""
     return f"{count:,} clip{'s' * (count != 1)}"
