@@ -13,7 +13,6 @@ from vmae_fast.plan.text import describe
 from vmae_fast.plan.units import Unit, units_of
 
 TINY = VideoMAEConfig.of("tiny", frames=4, image_size=32)
-MIB = 1 << 20
 
 
 def settings(gpus, parallel, **more):
