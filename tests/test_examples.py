@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from vmae_fast.train.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT_S = 240
+# So many that a signal after the third comes before the last.
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +75,6 @@ def start():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def children_of(process):
-    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(child) for child in tasks.read_text().split()]
 
 
 def wait_for(found, log, what):
@@ -135,6 +133,45 @@ def test_two_nodes_says_what_it_takes(environment):
 
 # ---- SLURM --------------------------------------------------------------------------------
 
+# Reads what the script asks for, and runs a copy of it; again where it is to be. SIGALRM stands for
+# its time being nearly up, SIGTERM for preemption: to the script and to its step.
+SBATCH = textwrap.dedent("""
+    #!PYTHON
+    import os, pathlib, re, signal, subprocess, sys, tempfile
+    text = pathlib.Path(sys.argv[1]).read_text()
+    before = re.split(r"(?m)^[^#\\n]", text)[0]
+    asked = dict(re.findall(r"(?m)^#SBATCH (--[\\w-]+)=?(\\S*)", before))
+    batch, name, _ = re.fullmatch(r"(B:)?(\\w+)@(\\d+)", asked["--signal"]).groups()
+    spool = pathlib.Path(tempfile.mkdtemp(dir=os.environ["SPOOL"]), "slurm_script")
+    spool.write_text(text)
+    again = False
+    def children():
+        return map(int, open(f"/proc/{job.pid}/task/{job.pid}/children").read().split())
+    def nearly_up(*_):
+        for one in [job.pid] if batch else children():
+            os.kill(one, getattr(signal, f"SIG{name}"))
+    def preempt(*_):
+        global again
+        again = "--requeue" in asked
+        for one in [*children(), job.pid]:
+            os.kill(one, signal.SIGTERM)
+    signal.signal(signal.SIGALRM, nearly_up)
+    signal.signal(signal.SIGTERM, preempt)
+    environment = os.environ | {
+        "SLURM_NNODES": asked["--nodes"], "SLURM_CPUS_PER_TASK": asked["--cpus-per-task"],
+        "SLURM_JOB_NODELIST": "node[1-2]",
+    }
+    requeued = pathlib.Path(os.environ["REQUEUED"])
+    for start in range(5):
+        restart = {"SLURM_RESTART_COUNT": str(start)} if start else {}
+        print("start", start, flush=True)
+        job = subprocess.Popen(["bash", spool, *sys.argv[2:]], env=environment | restart)
+        status = job.wait()
+        if not again and not requeued.exists():
+            sys.exit(status)
+        again = False
+        requeued.unlink(missing_ok=True)
+""").lstrip()
 # A task a node, each with its own number; signals that srun gets go to the tasks; its status is
 # the highest of theirs.
 SRUN = textwrap.dedent("""
@@ -171,43 +208,56 @@ SCONTROL = textwrap.dedent("""
 
 @pytest.fixture
 def slurm(environment, tmp_path):
-    """The environment of a job of two nodes."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    """An environment with SLURM's commands."""
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         stub = tmp_path / "bin" / name
         stub.write_text(text.replace("PYTHON", sys.executable, 1))
         stub.chmod(0o755)
     # The port follows from the job's number.
     job = free_port() % 20000
     return environment | {
-        "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": str(job), "SPOOL": str(tmp_path), "REQUEUED": str(tmp_path / "requeued"),
         # Without --auto-resume the launcher's restart would go on in its place.
-        "SLURM_CPUS_PER_TASK": "1", "MAX_RESTARTS": "0", "REQUEUED": str(tmp_path / "requeued"),
+        "MAX_RESTARTS": "0",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=[
+@pytest.mark.parametrize("number", [signal.SIGALRM, pytest.param(signal.SIGTERM, marks=[
     pytest.mark.slow])], ids=["time-limit", "preemption"])  # fmt: skip
 def test_slurm_saves_and_goes_on(number, flags, slurm, start, tmp_path):
-    run, log, requeued = tmp_path / "run", tmp_path / "job.log", tmp_path / "requeued"
-    command = ["bash", EXAMPLES / "slurm.sh", *flags]
-    job = start([*command, "--steps", "100000"], slurm, log)
+    """Asked for another start by itself at its time's end, and started again after preemption."""
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    job = start(["sbatch", EXAMPLES / "slurm.sh", *flags, "--steps", str(STEPS)], slurm, log)
     wait_for(lambda: len(steps_of(run)) > 2, log, "a third step")
-    if number == signal.SIGTERM:
-        # Preemption: to the step's tasks and to the script.
-        for child in children_of(job):
-            os.kill(child, number)
     job.send_signal(number)
-    assert job.wait(TIMEOUT_S) != 0
-    (saved,) = checkpoints_of(run)
+    assert job.wait(TIMEOUT_S) == 0, log.read_text()
+    saved, end = checkpoints_of(run)
     step = int(saved.removeprefix("step-"))
-    assert step > 2
-    # After preemption SLURM starts the job again by itself.
-    assert requeued.exists() == (number == signal.SIGUSR1), log.read_text()
+    assert 2 < step < STEPS
+    assert end == f"step-{STEPS:08d}"
+    text = log.read_text()
+    assert [line for line in text.splitlines() if line.startswith("start ")] == [
+        "start 0", "start 1",
+    ]  # fmt: skip
+    asked = "the time is up: asking for another start\n"
+    assert text.count(asked) == (number == signal.SIGALRM)
+    assert text.count(f"going on after step {step}\n") == 1
+    assert steps_of(run) == list(range(1, STEPS + 1))
 
-    again = slurm | {"SLURM_RESTART_COUNT": "1"}
-    assert start([*command, "--steps", str(step + 3)], again, log).wait(TIMEOUT_S) == 0
-    assert checkpoints_of(run) == [saved, f"step-{step + 3:08d}"]
-    assert f"going on after step {step}\n" in log.read_text()
-    assert steps_of(run) == list(range(1, step + 4))
-    # It came to its end: no third start.
-    assert not requeued.exists() or requeued.read_text() == "requeued\n"
+
+@pytest.mark.slow
+def test_slurm_ends_as_the_run_does(flags, slurm, start, tmp_path):
+    """What no second start mends is not started again."""
+    log = tmp_path / "job.log"
+    job = start(["sbatch", EXAMPLES / "slurm.sh", *flags, "--steps", "-1"], slurm, log)
+    assert job.wait(TIMEOUT_S) != 0
+    assert "start 1" not in log.read_text()
+
+
+def test_slurm_leaves_time_to_save():
+    """The launcher waits for its processes, and the scheduler for the launcher."""
+    text = (EXAMPLES / "slurm.sh").read_text()
+    (before_end,) = re.findall(r"(?m)^#SBATCH --signal=B:USR1@(\d+)$", text)
+    for script in EXAMPLES.glob("*.sh"):
+        (shutdown,) = re.findall(r"--shutdown-timeout=(\d+)", script.read_text())
+        assert 30 < int(shutdown) < int(before_end)
