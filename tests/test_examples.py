@@ -144,7 +144,8 @@ SBATCH = textwrap.dedent("""
     batch, name, _ = re.fullmatch(r"(B:)?(\\w+)@(\\d+)", asked["--signal"]).groups()
     spool = pathlib.Path(tempfile.mkdtemp(dir=os.environ["SPOOL"]), "slurm_script")
     spool.write_text(text)
-    again = False
+    again, me = False, str(os.getpid())
+    mine = f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']}".encode()
     def children():
         return map(int, open(f"/proc/{job.pid}/task/{job.pid}/children").read().split())
     def nearly_up(*_):
@@ -167,6 +168,13 @@ SBATCH = textwrap.dedent("""
         print("start", start, flush=True)
         job = subprocess.Popen(["bash", spool, *sys.argv[2:]], env=environment | restart)
         status = job.wait()
+        # What a script leaves behind ends with it.
+        for one in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if mine in (one / "environ").read_bytes().split(b"\\0") and one.name != me:
+                    os.kill(int(one.name), signal.SIGKILL)
+            except OSError:
+                continue
         if not again and not requeued.exists():
             sys.exit(status)
         again = False
