@@ -142,16 +142,24 @@ def test_gradients_are_those_of_one_process(config, tmp_path, processes):
 
 @pytest.fixture
 def one(config, tmp_path):
-    """The run by one process, and its weights before and after."""
-    config.run.out = str(tmp_path / "one")
-    pretrain(config)
+    """The run by one process: its weights before, and after so many steps."""
+
+    def run(steps=STEPS):
+        config.optim.steps, config.run.out = steps, str(tmp_path / "one")
+        pretrain(config)
+        return untrained(config), weights(config.run.out, steps)
+
+    return run
+
+
+def untrained(config):
     torch.manual_seed(config.run.seed)
-    return config.model.build(None).state_dict(), weights(config.run.out)
+    return config.model.build(None).state_dict()
 
 
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_saved_by_four_gone_on_by_two_and_by_one(config, one, tmp_path, parallel):
-    start, expected = one
+    start, expected = one()
     finish(launch(config, 4, out=str(tmp_path / "four"), parallel=parallel))
     assert_close(weights(tmp_path / "four"), expected, start)
     shards = list((tmp_path / "four" / "checkpoints" / "step-00000010").glob("shard-*"))
@@ -180,24 +188,64 @@ def test_saved_by_four_gone_on_by_two_and_by_one(config, one, tmp_path, parallel
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_one_of_two_killed(config, tmp_path, parallel):
-    """torchrun starts both again, and the run ends as an unbroken one."""
-    common = {"parallel": parallel, "save_every": 4, "log_every": 1, "steps": 30}
+def test_one_of_two_killed(config, one, tmp_path, parallel):
+    """torchrun starts both again, and the run ends as an unbroken one, and as one process's."""
+    start, expected = one(30)
+    common = {"parallel": parallel, "save_every": 4, "log_every": 1}
     process = launch(config, 2, restarts=2, out=str(tmp_path / "killed"), **common)
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not any(row["step"] >= 10 for row in read_metrics(metrics)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for_step(metrics, 10, process)
     os.kill(child_of(process.pid, rank=1), signal.SIGKILL)
     output = finish(process)
     assert "going on after step" in output
     finish(launch(config, 2, out=str(tmp_path / "whole"), **common))
     killed, whole = weights(tmp_path / "killed", 30), weights(tmp_path / "whole", 30)
     assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+    assert_close(whole, expected, start)
     rows = [row["step"] for row in read_metrics(metrics) if "loss" in row]
     assert rows == list(range(1, 31))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["all", "one of them"])
+def test_four_stop_together(config, tmp_path, parallel, number):
+    """After the same step, save it once, and go on as if they had not stopped.
+
+    Under DDP but for the rounding of one step: it sums its first gradients by other buckets than
+    those after, and so, where more than two are added, in another order.
+    """
+    start = untrained(config)
+    common = {"parallel": parallel, "save_every": 1000, "log_every": 1, "steps": 60}
+    process = launch(config, 4, out=str(tmp_path / "stopped"), **common)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    wait_for_step(metrics, 5, process)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:
+        os.kill(child_of(process.pid, rank=2), number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert output.count(f"stopped by {signal.Signals(number).name}") == 1
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 5 <= step < 60
+    assert f"going on after step {step}\n" in finish(launch(config, 4, flags=["--auto-resume"]))
+    finish(launch(config, 4, out=str(tmp_path / "whole")))
+    stopped, whole = weights(tmp_path / "stopped", 60), weights(tmp_path / "whole", 60)
+    same = [torch.equal(stopped[name], tensor) for name, tensor in whole.items()]
+    assert all(same) or parallel == "ddp"
+    assert_close(stopped, whole, start)
+    rows = [row["step"] for row in read_metrics(metrics) if "loss" in row]
+    assert rows == list(range(1, 61))
+
+
+def wait_for_step(metrics, step, process):
+    end = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(metrics)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def child_of(launcher, rank):
